@@ -1,0 +1,97 @@
+"""``Processor``: one published method with its parameters. It says what it wants at a site and computes no attention."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeVar
+
+from .edits import Edit
+from .errors import SteeringError
+from .site import AttentionCall, Kind, Site
+from .where import Where
+
+P = TypeVar("P", bound="Processor")
+
+
+@dataclass(frozen=True)
+class Processor:
+    """Base of all methods: a frozen dataclass of the method's hyper-parameters.
+
+    A method overrides ``plan`` where the edit does not depend on the data (asked once per site at attach), or ``react``
+    where it does (asked in every kernel call). The class attributes say where the method may act:
+
+    * ``kinds``: kinds of sites, in order of preference (see ``Where.select``);
+    * ``lanes``: rows beyond the plain ones that the method needs: ``"perturbed"`` (a second prediction of the
+      conditional rows with the edits on, for guidance; needs ``guidance``) or ``"image_free"`` (the same prompt without its image, in
+      lock-step, before generation);
+    * ``token_agnostic``: True where the edit holds without knowing which token is what (families without a descriptor).
+    """
+
+    where: Where = Where()
+
+    kinds: ClassVar[tuple[Kind, ...]] = ("self", "joint", "cross", "causal")
+    lanes: ClassVar[tuple[str, ...]] = ()
+    token_agnostic: ClassVar[bool] = False
+
+    def plan(self, site: Site, heads: tuple[int, ...]) -> Edit | None:
+        """The edit at a site, with tensors of one row (``(1, H)``); None where the method needs nothing there."""
+        return None
+
+    def react(self, call: AttentionCall) -> Edit | None:
+        """The edit for one kernel call, with tensors of all its rows; None for the untouched kernel."""
+        return None
+
+    def guidance(self, timestep: float) -> float:
+        """Scale w of ``w * (cond - perturbed)`` at a scheduler timestep (methods with the ``perturbed`` lane)."""
+        return 0.0
+
+    @property
+    def inert(self) -> bool:
+        """True where the parameters make the method a no-op (strength 0): the engine then leaves the model alone."""
+        return False
+
+    def refusals(self, site: Site) -> list[str]:
+        """Reasons why the method cannot act at a selected site; empty where it can."""
+        return []
+
+    def to_dict(self) -> dict[str, Any]:
+        """The parameters as plain JSON values; ``attnsteer.config.processor_from_dict`` reads them back."""
+        from .config import processor_to_dict
+
+        return processor_to_dict(self)
+
+    def save_pretrained(self, directory: str) -> None:
+        """Write ``processor_config.json`` into a folder. Loading it never runs code."""
+        from .config import save_processors
+
+        save_processors([self], directory)
+
+    @classmethod
+    def from_pretrained(cls: type[P], source: str) -> P:
+        """Read a processor of this class from a folder or a hub id."""
+        from .config import load_processors
+
+        found = [p for p in load_processors(source) if isinstance(p, cls)]
+        if len(found) != 1:
+            raise SteeringError(f"{source!r} holds {len(found)} processors of class {cls.__name__}; wanted is exactly one.")
+        return found[0]
+
+
+def check_number(owner: Processor, name: str, low: float = -math.inf, high: float = math.inf) -> None:
+    """Refuse a parameter that is no finite number in ``[low, high]``. For ``__post_init__`` of processors."""
+    value = getattr(owner, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not low <= value <= high:
+        raise SteeringError(f"{type(owner).__name__}({name}={value!r}) is out of range: allowed is a number from {low:g} to {high:g}.")
+
+
+def check_choice(owner: Processor, name: str, allowed: tuple[str, ...]) -> None:
+    """Refuse a parameter that is not one of the allowed words."""
+    value = getattr(owner, name)
+    if value not in allowed:
+        raise SteeringError(f"{type(owner).__name__}({name}={value!r}) is not known: allowed are {', '.join(map(repr, allowed))}.")
+
+
+def parameters(processor: Processor) -> dict[str, Any]:
+    """Field names and values of a processor, in declaration order."""
+    return {f.name: getattr(processor, f.name) for f in fields(processor)}

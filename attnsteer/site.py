@@ -1,0 +1,111 @@
+"""Sites, spans and the attention call: what the engine knows when a model is about to attend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["self", "cross", "joint", "causal", "unknown"]
+Phase = Literal["denoise", "prefill", "decode"]
+Kernel = Callable[..., Tensor]
+"""``kernel(q, k, v, mask=...) -> (B, H, Nq, D)``: the backend that the user selected. Without ``mask`` the mask of the
+original call applies; any query subset needs the matching mask (``AttentionCall.mask_rows``)."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention module of a host model.
+
+    Attributes:
+        name: dotted path of the module below the model.
+        kind: ``self`` (image queries and keys), ``cross`` (text keys), ``joint`` (one sequence of text and image),
+            ``causal`` (decoder of a language model) or ``unknown`` (a family without a descriptor).
+        layer: transformer block or decoder layer, counted from 0 in execution order; a layer may hold several sites.
+        index: position among all sites of the model in execution order.
+        heads, kv_heads, head_dim: as the kernel sees them (``kv_heads < heads`` is grouped-query attention).
+        order: token order along a joint sequence, e.g. ``("image", "text")``; empty elsewhere.
+    """
+
+    name: str
+    kind: Kind
+    layer: int
+    index: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    order: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Spans:
+    """Which tokens of the sequence are what. A slice holds for all rows; a bool tensor ``(B, N)`` differs per row.
+
+    Attributes:
+        image, text: the image and the text tokens of the *key* sequence (for joint and self sites also of the queries).
+        grid: ``(T, H, W)`` of the image tokens, row-major, where the family has one grid for all rows.
+    """
+
+    image: slice | Tensor
+    text: slice | Tensor
+    grid: tuple[int, int, int] | None = None
+
+
+@dataclass(eq=False)
+class AttentionCall:
+    """One kernel call: q, k, v are projected, normalised and rotated; heads are not yet merged.
+
+    Shapes: q ``(B, H, Nq, D)``, k ``(B, Hkv, Nk, D)``, v ``(B, Hkv, Nk, Dv)``; mask bool (True = keep) or additive float,
+    broadcastable to ``(B, H, Nq, Nk)``, or None. ``lanes`` names groups of rows, e.g. ``{"main": slice(0, 2)}``.
+    ``state`` lives as long as one generation and belongs to one (processor, site).
+    """
+
+    site: Site
+    kernel: Kernel
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None = None
+    scale: float | None = None
+    is_causal: bool = False
+    spans: Spans | None = None
+    phase: Phase = "denoise"
+    lanes: Mapping[str, slice] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def output(self) -> Tensor:
+        """What the model would have got: the user's kernel on the unedited tensors, ``(B, H, Nq, Dv)``."""
+        return self.kernel(self.q, self.k, self.v)
+
+    @property
+    def softmax_scale(self) -> float:
+        """The factor on the logits; ``1/sqrt(D)`` where the model gives none."""
+        return self.q.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head (1 without grouped-query attention)."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    def mask_rows(self, rows: slice) -> Tensor | None:
+        """The mask for a subset of the query rows; masks that hold for all queries are returned as they are."""
+        if self.mask is None or self.mask.dim() < 3 or self.mask.shape[-2] == 1:
+            return self.mask
+        return self.mask[..., rows, :]
+
+
+def expand_rows(weight: Tensor, batch: int) -> Tensor:
+    """Per-row values for the batch that the kernel sees. Shape ``(R, ...)`` -> ``(1 or batch, ...)``.
+
+    Some families fold frames into the batch (row ``b * F + f``) and beams repeat each prompt: contiguous repetition.
+    """
+    rows = weight.shape[0]
+    if rows == 1 or rows == batch:
+        return weight
+    torch._check(batch % rows == 0)
+    return weight.repeat_interleave(batch // rows, dim=0)
