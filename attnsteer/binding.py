@@ -1,0 +1,63 @@
+"""What an attention module carries while it is steered, and the one function that every kernel call passes through."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .attend import attend
+from .edits import Edit
+from .processor import Processor
+from .site import AttentionCall, Kernel, Phase, Site, Spans
+
+ATTRIBUTE = "_steer"
+"""Name of the attribute on an attention module that holds its ``Binding``; absent or None leaves the module alone."""
+
+
+class Binding:
+    """What to do at one site in the next forward passes.
+
+    A plain object on purpose: a ``torch.nn.Module`` would enter the state dict. Compiled code reads ``edits``,
+    ``reactors``, ``spans``, ``lanes`` and ``phase``; what differs by layer, row or step is a tensor there.
+    """
+
+    __slots__ = ("site", "edits", "reactors", "spans", "lanes", "phase", "hit", "__weakref__")
+
+    def __init__(
+        self,
+        site: Site,
+        edits: tuple[Edit, ...] = (),
+        reactors: tuple[tuple[Processor, dict[str, Any]], ...] = (),
+        spans: Spans | None = None,
+        lanes: Mapping[str, slice] | None = None,
+        phase: Phase = "denoise",
+    ):
+        self.site = site
+        self.edits = edits
+        self.reactors = reactors
+        self.spans = spans
+        self.lanes: Mapping[str, slice] = lanes or {}
+        self.phase: Phase = phase
+        self.hit = False
+
+
+def intervene(
+    binding: Binding, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, is_causal: bool
+) -> Tensor:
+    """One kernel call at a steered site: ask the processors, lower their edits, return ``(B, H, Nq, Dv)``.
+
+    ``kernel(q, k, v, mask=...)`` is the user's own backend; with nothing to do it is called as the library would.
+    """
+    binding.hit = True
+    call = AttentionCall(
+        binding.site, kernel, q, k, v, mask, scale, is_causal, binding.spans, binding.phase, binding.lanes
+    )
+    edits = binding.edits
+    for processor, state in binding.reactors:
+        call.state = state
+        edit = processor.react(call)
+        if edit is not None:
+            edits = (*edits, edit)
+    return attend(call, edits) if edits else call.output

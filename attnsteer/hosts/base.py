@@ -1,0 +1,76 @@
+"""What every host needs: the interception of a module's call, and the interface between hosts and ``attach``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+Call = Callable[..., Any]
+Around = Callable[[Call, tuple[Any, ...], dict[str, Any]], Any]
+"""``around(call, args, kwargs)``: does what it likes and returns what the module's caller shall get."""
+
+_SLOT = "_compiled_call_impl"
+
+
+def intercept(module: torch.nn.Module, around: Around) -> Callable[[], None]:
+    """Let ``around`` see every call of a module, until the returned function is called.
+
+    ``torch.nn.Module.__call__`` prefers ``_compiled_call_impl`` (where ``module.compile()`` puts its result) over the
+    plain call. Using the same slot puts us outside the compiled region, outside all hooks (offloading, accelerate) and
+    works alike for plain modules, modules compiled in place and ``torch.compile(module)`` objects.
+    """
+    previous = module.__dict__.get(_SLOT)
+    # with fullgraph-compiled models nothing of ours is traced: the compiled callable is called from here
+    inner: Call = previous if previous is not None else module._call_impl
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return around(inner, args, kwargs)
+
+    module.__dict__[_SLOT] = wrapper
+
+    def restore() -> None:
+        if module.__dict__.get(_SLOT) is wrapper:
+            if previous is None:
+                module.__dict__.pop(_SLOT)
+            else:
+                module.__dict__[_SLOT] = previous
+
+    restore.wrapper = wrapper  # type: ignore[attr-defined]
+    return restore
+
+
+def intercepted(module: torch.nn.Module, restore: Callable[[], None]) -> bool:
+    """Whether an interception still stands (``module.compile()`` after attaching replaces it)."""
+    return module.__dict__.get(_SLOT) is restore.wrapper  # type: ignore[attr-defined]
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether the module as a whole runs compiled, so that its submodules are not called one by one."""
+    return hasattr(module, "_orig_mod") or module.__dict__.get(_SLOT) is not None
+
+
+def unwrap(module: torch.nn.Module) -> torch.nn.Module:
+    """The module behind ``torch.compile(module)``."""
+    return getattr(module, "_orig_mod", module)
+
+
+def take_rows(value: Any, rows: torch.Tensor, batch: int) -> Any:
+    """Choose rows of everything in a nest of tuples, lists and dicts whose first axis is the batch."""
+    if isinstance(value, torch.Tensor):
+        return value.index_select(0, rows.to(value.device)) if value.dim() and value.shape[0] == batch else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(take_rows(v, rows, batch) for v in value)
+    if isinstance(value, Mapping):
+        return {k: take_rows(v, rows, batch) for k, v in value.items()}
+    return value
+
+
+def copy_nest(value: Any) -> Any:
+    """The same tensors in new lists and dicts: models pop from the lists that they are given."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(copy_nest(v) for v in value)
+    if isinstance(value, dict):
+        return {k: copy_nest(v) for k, v in value.items()}
+    return value
