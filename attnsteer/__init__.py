@@ -1,0 +1,100 @@
+"""attnsteer steers what a pretrained model looks at, without training it.
+
+Importing this package costs nothing: every public name is loaded when it is first used, and neither torch nor diffusers
+nor transformers is imported before that.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .attach import Steering, attach, detach, sites, steer
+    from .attend import attend
+    from .capture import Capture
+    from .edits import Edit, KeyBias, Mix, Scale
+    from .errors import NotReachedError, SteeringError, WhereError
+    from .lanes import Lane
+    from .processor import Processor
+    from .site import AttentionCall, Site, Spans
+    from .variants import Variant, run_variants
+    from .where import Where
+
+__all__ = [
+    "AttentionCall",
+    "Capture",
+    "Edit",
+    "KeyBias",
+    "Lane",
+    "Mix",
+    "NotReachedError",
+    "Processor",
+    "Scale",
+    "Site",
+    "Spans",
+    "Steering",
+    "SteeringError",
+    "Variant",
+    "Where",
+    "WhereError",
+    "__version__",
+    "attach",
+    "attend",
+    "detach",
+    "run_variants",
+    "sites",
+    "steer",
+]
+
+_MODULE_OF = {
+    "AttentionCall": "site",
+    "Capture": "capture",
+    "Edit": "edits",
+    "KeyBias": "edits",
+    "Lane": "lanes",
+    "Mix": "edits",
+    "NotReachedError": "errors",
+    "Processor": "processor",
+    "Scale": "edits",
+    "Site": "site",
+    "Spans": "site",
+    "Steering": "attach",
+    "SteeringError": "errors",
+    "Variant": "variants",
+    "Where": "where",
+    "WhereError": "errors",
+    "attach": "attach",
+    "attend": "attend",
+    "detach": "attach",
+    "run_variants": "variants",
+    "sites": "attach",
+    "steer": "attach",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
+
+
+class _Package(ModuleType):
+    """Keeps ``attnsteer.attach`` the function: importing the submodule of the same name would overwrite it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _MODULE_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

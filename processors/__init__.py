@@ -1,0 +1,63 @@
+"""The methods: one file per published paper. ``available()`` lists them together with those of installed plug-ins.
+
+A package adds a processor by an entry point of the group ``attnsteer.processors``; from then on it is importable from
+here, known to the command line, and loadable from a configuration.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from attnsteer.processor import Processor
+
+    from .pag import PAG
+    from .seg import SEG
+    from .softpag import SoftPAG
+    from .vhr import VHR
+
+GROUP = "attnsteer.processors"
+_SHIPPED = {"PAG": "pag", "SEG": "seg", "SoftPAG": "softpag", "VHR": "vhr"}
+
+__all__ = ["PAG", "SEG", "VHR", "SoftPAG", "available", "get"]
+
+
+def _plugins() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=GROUP) if entry.name not in _SHIPPED}
+
+
+def available() -> tuple[str, ...]:
+    """Names of all processors: the shipped ones, then those of installed packages. Imports none of them."""
+    return (*sorted(_SHIPPED), *sorted(_plugins()))
+
+
+def get(name: str) -> type[Processor]:
+    """The processor class of that name.
+
+    Raises:
+        SteeringError: no such processor, or the entry point of that name is no ``Processor``; says what exists.
+    """
+    from attnsteer.errors import SteeringError
+    from attnsteer.processor import Processor
+
+    if name in _SHIPPED:
+        return getattr(import_module(f"{__name__}.{_SHIPPED[name]}"), name)
+    plugins = _plugins()
+    if name not in plugins:
+        raise SteeringError(f"There is no processor {name!r}; there are: {', '.join(available())}.")
+    found = plugins[name].load()
+    if not (isinstance(found, type) and issubclass(found, Processor)):
+        raise SteeringError(f"The entry point {name!r} = {plugins[name].value!r} is no subclass of attnsteer.Processor.")
+    return found
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("_") or name not in available():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; processors: {', '.join(available())}")
+    return get(name)
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(available()))
