@@ -1,0 +1,104 @@
+"""FlexAttention: masks and biases as functions of indices, and block-sparse maps.
+
+Uncompiled, ``flex_attention`` builds the whole map, so this backend counts as able only while the caller is being compiled
+(``torch.compile`` of the model), or where ``attend(..., compiled=True)`` asks for it by name. A block mask must define its
+mask by ``mask_mod`` alone, because the uncompiled form ignores the block lists; ``block_mask`` builds such masks from a
+table of blocks, without ever evaluating the ``Nq x Nk`` grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+BLOCK = 128
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def reasons(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> list[str]:
+    """Why these tensors cannot be taken; empty where they can."""
+    found = []
+    if not torch.compiler.is_compiling():
+        found.append(
+            "builds the whole map unless compiled: torch.compile the model, or call flex.attend(compiled=True)."
+        )
+    if q.dtype == torch.float64:
+        found.append("no compiled kernel for float64.")
+    if q.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        found.append("no backward on cpu: use torch.no_grad().")
+    if q.shape[1] % k.shape[1]:
+        found.append(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key heads.")
+    return found
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    blocks: BlockMask | None = None,
+    compiled: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp; see the package for the contract. ``blocks``: a mask from ``block_mask``, on top of ``mask``."""
+    score_mod = _score_mod(mask, is_causal, k.shape[2] - q.shape[2])
+    run = _compiled() if compiled else flex_attention
+    gqa = q.shape[1] != k.shape[1]
+    output, aux = run(
+        q, k, v, score_mod=score_mod, block_mask=blocks, scale=scale, enable_gqa=gqa, return_aux=AuxRequest(lse=True)
+    )
+    return output, aux.lse
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Callable[..., Any]:
+    return torch.compile(flex_attention)
+
+
+def _score_mod(mask: Tensor | None, is_causal: bool, offset: int) -> ScoreMod | None:
+    """A mask tensor and the causal order as one change of a logit."""
+    if mask is None and not is_causal:
+        return None
+    table = None if mask is None else mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if table is not None:
+            at = [x if size > 1 else torch.zeros_like(x) for x, size in zip((b, h, i, j), table.shape, strict=True)]
+            value = table[at[0], at[1], at[2], at[3]]
+            score = torch.where(value, score, -float("inf")) if table.dtype == torch.bool else score + value
+        return torch.where(j <= i + offset, score, -float("inf")) if is_causal else score
+
+    return score_mod
+
+
+def block_mask(table: Tensor, n_q: int, n_k: int) -> BlockMask:
+    """A block-sparse mask from its table.
+
+    Args:
+        table: bool ``(B or 1, H or 1, ceil(Nq / 128), ceil(Nk / 128))``: True where a block of keys is visible to a block
+            of queries. Every row must keep at least one block.
+        n_q, n_k: queries and keys.
+
+    Returns:
+        A ``BlockMask`` that means the same compiled and uncompiled. Memory: the table and two index tables of its size.
+    """
+    whole = n_k // BLOCK  # the last key block is partial where Nk is no multiple of 128: full blocks skip the mask_mod
+    places = torch.arange(table.shape[-1], device=table.device)
+    full, partial = table & (places < whole), table & (places >= whole)
+
+    def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        row = b if table.shape[0] > 1 else torch.zeros_like(b)
+        head = h if table.shape[1] > 1 else torch.zeros_like(h)
+        return table[row, head, i // BLOCK, j // BLOCK] & (j < n_k)
+
+    lists = []
+    for part in (partial, full):
+        lists += [part.sum(-1).int(), torch.argsort(part.int(), dim=-1, descending=True, stable=True).int()]
+    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(n_q, n_k))
