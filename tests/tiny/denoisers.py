@@ -47,7 +47,7 @@ def unet_sd15() -> tuple[nn.Module, Inputs]:
     from diffusers import UNet2DConditionModel
 
     model = UNet2DConditionModel(
-        sample_size=(2 * HEIGHT, 2 * WIDTH),
+        sample_size=2 * HEIGHT,
         block_out_channels=(24, 48),
         layers_per_block=1,
         norm_num_groups=8,
@@ -72,7 +72,7 @@ def unet_sdxl() -> tuple[nn.Module, Inputs]:
     from diffusers import UNet2DConditionModel
 
     model = UNet2DConditionModel(
-        sample_size=(2 * HEIGHT, 2 * WIDTH),
+        sample_size=2 * HEIGHT,
         block_out_channels=(24, 48),
         layers_per_block=1,
         norm_num_groups=8,
@@ -177,7 +177,7 @@ def qwen() -> tuple[nn.Module, Inputs]:
         num_layers=3,
         num_attention_heads=HEADS,
         attention_head_dim=16,
-        joint_attention_dim=20,
+        joint_attention_dim=16,
         axes_dims_rope=(8, 4, 4),
     )
 
@@ -185,7 +185,7 @@ def qwen() -> tuple[nn.Module, Inputs]:
         noise = Noise(seed)
         return {
             "hidden_states": noise(batch, HEIGHT * WIDTH, 16),
-            "encoder_hidden_states": noise(batch, TEXT, 20),
+            "encoder_hidden_states": noise(batch, TEXT, 16),
             "encoder_hidden_states_mask": _text_mask(batch),
             "timestep": torch.full((batch,), 0.5),
             "img_shapes": [[(1, HEIGHT, WIDTH)]] * batch,

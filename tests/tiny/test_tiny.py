@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from tests.tiny import denoisers
+from tests.tiny import denoisers, pipelines, tokenizers
 
 
 @pytest.mark.parametrize("name", denoisers.NAMES)
@@ -29,3 +30,21 @@ def test_denoiser_depends_on_its_text(name: str) -> None:
     with torch.no_grad():
         difference = model(**given, return_dict=False)[0] - model(**other, return_dict=False)[0]
     assert difference.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("cfg", [True, False])
+@pytest.mark.parametrize("name", pipelines.NAMES)
+def test_pipeline_runs_and_repeats(name: str, cfg: bool) -> None:
+    pipe = pipelines.build(name)
+    first, second = (pipe(**pipelines.call_kwargs(name, 2, cfg), return_dict=False)[0] for _ in range(2))
+    assert first.shape == ((2, 3) if name == "wan" else (2,)) + (pipelines.HEIGHT, pipelines.WIDTH, 3)
+    assert np.isfinite(first).all()
+    assert np.array_equal(first, second)
+    assert not np.array_equal(first[0], first[1])
+
+
+def test_tokenizers_know_words_and_spell_the_rest() -> None:
+    for tokenizer in (tokenizers.clip(), tokenizers.t5(), tokenizers.qwen2()):
+        known = len(tokenizer("a dog").input_ids)
+        assert len(tokenizer("a dog dog").input_ids) == known + 1
+        assert len(tokenizer("a dog zebra").input_ids) > known + 1
