@@ -23,7 +23,7 @@ class Binding:
     ``reactors``, ``spans``, ``lanes`` and ``phase``; what differs by layer, row or step is a tensor there.
     """
 
-    __slots__ = ("site", "edits", "reactors", "spans", "lanes", "phase", "hit", "__weakref__")
+    __slots__ = ("site", "edits", "reactors", "spans", "lanes", "phase", "main_call", "hit", "__weakref__")
 
     def __init__(
         self,
@@ -33,6 +33,7 @@ class Binding:
         spans: Spans | None = None,
         lanes: Mapping[str, slice] | None = None,
         phase: Phase = "denoise",
+        main_call: int = 0,
     ):
         self.site = site
         self.edits = edits
@@ -40,11 +41,19 @@ class Binding:
         self.spans = spans
         self.lanes: Mapping[str, slice] = lanes or {}
         self.phase: Phase = phase
+        self.main_call = main_call  # which kernel call of the module is the text or joint one
         self.hit = False
 
 
 def intervene(
-    binding: Binding, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, is_causal: bool
+    binding: Binding,
+    kernel: Kernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    is_causal: bool,
 ) -> Tensor:
     """One kernel call at a steered site: ask the processors, lower their edits, return ``(B, H, Nq, Dv)``.
 

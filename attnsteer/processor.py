@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -23,8 +24,8 @@ class Processor:
 
     * ``kinds``: kinds of sites, in order of preference (see ``Where.select``);
     * ``lanes``: rows beyond the plain ones that the method needs: ``"perturbed"`` (a second prediction of the
-      conditional rows with the edits on, for guidance; needs ``guidance``) or ``"image_free"`` (the same prompt without its image, in
-      lock-step, before generation);
+      conditional rows with the edits on, for guidance; needs ``guidance``) or ``"image_free"`` (the same prompt without
+      its image, in lock-step, before generation);
     * ``token_agnostic``: True where the edit holds without knowing which token is what (families without a descriptor).
     """
 
@@ -33,6 +34,10 @@ class Processor:
     kinds: ClassVar[tuple[Kind, ...]] = ("self", "joint", "cross", "causal")
     lanes: ClassVar[tuple[str, ...]] = ()
     token_agnostic: ClassVar[bool] = False
+
+    def where_for(self, sites: Sequence[Site]) -> Where:
+        """The selection on a model; methods whose default depends on the number of layers override it."""
+        return self.where
 
     def plan(self, site: Site, heads: tuple[int, ...]) -> Edit | None:
         """The edit at a site, with tensors of one row (``(1, H)``); None where the method needs nothing there."""
@@ -74,22 +79,33 @@ class Processor:
 
         found = [p for p in load_processors(source) if isinstance(p, cls)]
         if len(found) != 1:
-            raise SteeringError(f"{source!r} holds {len(found)} processors of class {cls.__name__}; wanted is exactly one.")
+            raise SteeringError(
+                f"{source!r} holds {len(found)} processors of class {cls.__name__}; wanted is exactly one."
+            )
         return found[0]
 
 
 def check_number(owner: Processor, name: str, low: float = -math.inf, high: float = math.inf) -> None:
     """Refuse a parameter that is no finite number in ``[low, high]``. For ``__post_init__`` of processors."""
     value = getattr(owner, name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not low <= value <= high:
-        raise SteeringError(f"{type(owner).__name__}({name}={value!r}) is out of range: allowed is a number from {low:g} to {high:g}.")
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not math.isfinite(value)
+        or not low <= value <= high
+    ):
+        raise SteeringError(
+            f"{type(owner).__name__}({name}={value!r}) is out of range: allowed is a number from {low:g} to {high:g}."
+        )
 
 
 def check_choice(owner: Processor, name: str, allowed: tuple[str, ...]) -> None:
     """Refuse a parameter that is not one of the allowed words."""
     value = getattr(owner, name)
     if value not in allowed:
-        raise SteeringError(f"{type(owner).__name__}({name}={value!r}) is not known: allowed are {', '.join(map(repr, allowed))}.")
+        raise SteeringError(
+            f"{type(owner).__name__}({name}={value!r}) is not known: allowed are {', '.join(map(repr, allowed))}."
+        )
 
 
 def parameters(processor: Processor) -> dict[str, Any]:

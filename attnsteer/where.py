@@ -14,7 +14,14 @@ from .site import Kind, Phase, Site
 Layer: TypeAlias = int | str | slice
 Layers: TypeAlias = Layer | Sequence[Layer]
 Heads: TypeAlias = Literal["all"] | int | Sequence[int] | Mapping[int | str, "Literal['all'] | int | Sequence[int]"]
-Steps: TypeAlias = Literal["all", "prefill", "decode"] | int | slice | tuple[float, float] | Sequence[int] | Mapping[str, Sequence[float]]
+Steps: TypeAlias = (
+    Literal["all", "prefill", "decode"]
+    | int
+    | slice
+    | tuple[float, float]
+    | Sequence[int]
+    | Mapping[str, Sequence[float]]
+)
 Selection: TypeAlias = dict[Site, tuple[int, ...]]
 """The selected heads of every selected site, in execution order."""
 
@@ -159,7 +166,11 @@ def _number(value: object) -> bool:
 
 def _names(key: Any, site: Site, total: int) -> bool:
     """Whether a layer key (int or name) means this site."""
-    return site.layer == (key + total if key < 0 else key) if _is_int(key) else key in ("all", site.name) or fnmatchcase(site.name, key)
+    return (
+        site.layer == (key + total if key < 0 else key)
+        if _is_int(key)
+        else key in ("all", site.name) or fnmatchcase(site.name, key)
+    )
 
 
 def _match(layer: Any, sites: Sequence[Site], usable: Sequence[Site], kinds: Sequence[Kind]) -> list[Site]:
@@ -169,7 +180,9 @@ def _match(layer: Any, sites: Sequence[Site], usable: Sequence[Site], kinds: Seq
         found = [s for s in usable if s.name == layer or fnmatchcase(s.name, layer)]
         if not found:
             other = [s for s in sites if s.name == layer or fnmatchcase(s.name, layer)]
-            why = f"it is {other[0].kind} attention; wanted is {' or '.join(kinds)}" if other else "no site has that name"
+            why = (
+                f"it is {other[0].kind} attention; wanted is {' or '.join(kinds)}" if other else "no site has that name"
+            )
             raise WhereError(f"Layer {layer!r} cannot be selected: {why}. There are: {describe(usable)}.")
         return found
     if layer == "all":
@@ -178,7 +191,9 @@ def _match(layer: Any, sites: Sequence[Site], usable: Sequence[Site], kinds: Seq
         wanted = range(*layer.indices(total))
     else:
         if not -total <= layer < total:
-            raise WhereError(f"Layer {layer} does not exist: layers are 0 to {total - 1}. There are: {describe(usable)}.")
+            raise WhereError(
+                f"Layer {layer} does not exist: layers are 0 to {total - 1}. There are: {describe(usable)}."
+            )
         wanted = [layer % total]
     found = []
     for number in wanted:

@@ -1,0 +1,274 @@
+"""``attach``: put processors on a pipeline or a model, and take them off without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakValueDictionary
+
+import torch
+
+from .errors import SteeringError
+from .processor import Processor
+from .scheduler import Plan, Rows, make_plan
+from .site import Site
+
+if TYPE_CHECKING:
+    from .explain import Explanation
+    from .variants import Variant
+
+
+class Session(Protocol):
+    """What a host does between attach and detach."""
+
+    rows: Rows
+    owner: Any
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+_attached: WeakValueDictionary[int, Steering] = WeakValueDictionary()  # by id of every steered model and pipeline
+
+
+class Steering:
+    """A handle on what is attached; also a context manager that detaches at its end.
+
+    Attributes:
+        target: the pipeline or model.
+        processors: everything attached, in order; variants after another.
+        selections: for every processor the sites and heads that it acts on.
+    """
+
+    def __init__(self, target: Any, session: Session, models: Sequence[torch.nn.Module], refused: Sequence[str] = ()):
+        self.target = target
+        self.session = session
+        session.owner = (
+            self  # the interceptions hold the session: a steering lives as long as its target, or until detached
+        )
+        self._keys = [id(obj) for obj in (target, *models)]
+
+    @property
+    def plans(self) -> list[Plan]:
+        """Every plan once, in the order of rows."""
+        return list({id(plan): plan for row in self.session.rows for plan in row}.values())
+
+    @property
+    def processors(self) -> list[Processor]:
+        return [plan.processor for plan in self.plans]
+
+    @property
+    def selections(self) -> list[Mapping[Site, tuple[int, ...]]]:
+        return [plan.selection for plan in self.plans]
+
+    def states(self, processor: Processor) -> Mapping[Site, dict[str, Any]]:
+        """What a processor that reads or reacts left behind at each of its sites in the last generation."""
+        for plan in self.plans:
+            if plan.processor is processor:
+                return plan.states
+        raise SteeringError(f"{type(processor).__name__} is not attached here; attached: {_names(self.processors)}.")
+
+    def explain(self, **shape: int) -> Explanation:
+        """What will happen, before anything runs: sites, heads, steps, extra rows, fork and bytes."""
+        from .explain import explain
+
+        return explain(self, **shape)
+
+    @property
+    def attached(self) -> bool:
+        return _attached.get(self._keys[0]) is self
+
+    def detach(self) -> None:
+        """Restore the target. A second call is an error, like detaching what was never attached."""
+        if not self.attached:
+            raise SteeringError("This steering is not attached any more: detach it once.")
+        try:
+            self.session.stop()
+        finally:
+            for key in self._keys:
+                _attached.pop(key, None)
+            if not _attached:
+                _disarm()
+
+    def __enter__(self) -> Steering:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.attached:
+            self.detach()
+
+
+def attach(
+    target: Any,
+    *processors: Processor,
+    variants: Sequence[Variant | Sequence[Processor]] | None = None,
+    scheduler: Any = None,
+    cfg: tuple[str, ...] | None = None,
+    processor: Any = None,
+) -> Steering:
+    """Steer a pipeline or a model with processors, until the handle is detached.
+
+    Args:
+        target: a Diffusers pipeline, its denoiser, or a Hugging Face (vision-)language model.
+        processors: what to attach. Several compose at a site in the order of the edit vocabulary.
+        variants: instead of ``processors``: one entry for each row of the batches to come (see ``run_variants``).
+        scheduler: for a bare denoiser, the scheduler of your own loop; guidance methods need it.
+        cfg: order of the two halves of a guided batch where a custom pipeline differs, e.g. ``("cond", "uncond")``.
+        processor: the Hugging Face processor or tokenizer of a language model, for methods that look words up.
+
+    Raises:
+        SteeringError: every reason why this cannot be done; the target is then untouched.
+    """
+    given = [list(processors)] if variants is None else [_processors_of(v) for v in variants]
+    if variants is not None and processors:
+        raise SteeringError("Give processors or variants, not both.")
+    if not given or (variants is None and not processors):
+        raise SteeringError("Nothing to attach: give at least one processor.")
+    for item in (p for row in given for p in row):
+        if not isinstance(item, Processor):
+            raise SteeringError(f"{item!r} is not an attnsteer processor; stock processors go to set_attn_processor.")
+    models = models_of(target)
+    if any(id(obj) in _attached for obj in (target, *models)):
+        raise SteeringError(
+            f"{type(target).__name__} is steered already: detach it first, or attach all processors at once."
+        )
+    session = _session(target, models, given, scheduler, cfg, processor)
+    steering = Steering(target, session, models)
+    for key in steering._keys:
+        _attached[key] = steering
+    try:
+        session.start()
+    except BaseException:
+        steering.detach()
+        raise
+    return steering
+
+
+def detach(target: Any) -> None:
+    """Restore a steered target.
+
+    Raises:
+        SteeringError: where nothing is attached to it.
+    """
+    steering = attached_to(target)
+    if steering is None:
+        raise SteeringError(f"Nothing is attached to this {type(target).__name__}.")
+    steering.detach()
+
+
+def attached_to(target: Any) -> Steering | None:
+    """The steering of a pipeline or model, if any."""
+    return _attached.get(id(target))
+
+
+@contextmanager
+def steer(target: Any, *processors: Processor, **options: Any) -> Iterator[Steering]:
+    """``attach`` for the length of a ``with`` block; see there for the arguments."""
+    with attach(target, *processors, **options) as steering:
+        yield steering
+
+
+def sites(target: Any) -> list[Site]:
+    """Everything there is to steer in a pipeline or model, in execution order."""
+    found = [site for model in models_of(target)[:1] for site in _sites(model)]
+    if not found:
+        raise SteeringError(f"{type(target).__name__} has no attention that attnsteer can reach.")
+    return found
+
+
+# ---- worlds ------------------------------------------------------------------------------------------------------------
+def _lineage(obj: Any) -> set[tuple[str, str]]:
+    """Library and name of every class of an object, so that no library is imported to ask."""
+    return {(cls.__module__.partition(".")[0], cls.__name__) for cls in type(obj).__mro__}
+
+
+def _is_pipeline(target: Any) -> bool:
+    return ("diffusers", "DiffusionPipeline") in _lineage(target)
+
+
+def models_of(target: Any) -> list[torch.nn.Module]:
+    """The denoisers of a pipeline, or the model itself.
+
+    Raises:
+        SteeringError: for anything else.
+    """
+    if _is_pipeline(target):
+        parts = [getattr(target, name, None) for name in ("unet", "transformer", "transformer_2")]
+        models = [part for part in parts if isinstance(part, torch.nn.Module)]
+        if not models:
+            raise SteeringError(f"{type(target).__name__} has neither a unet nor a transformer to steer.")
+        return models
+    lineage = _lineage(getattr(target, "_orig_mod", target))
+    if isinstance(target, torch.nn.Module) and lineage & {
+        ("diffusers", "ModelMixin"),
+        ("transformers", "PreTrainedModel"),
+    }:
+        return [target]
+    raise SteeringError(
+        f"{type(target).__name__} cannot be steered: give a Diffusers pipeline, its denoiser or a Hugging Face model."
+    )
+
+
+def _is_language_model(model: Any) -> bool:
+    return ("transformers", "PreTrainedModel") in _lineage(getattr(model, "_orig_mod", model))
+
+
+def _sites(model: torch.nn.Module) -> list[Site]:
+    if _is_language_model(model):
+        from .hosts import causal_lm
+
+        return causal_lm.sites(model)
+    from .hosts import denoisers
+
+    return denoisers.sites(model)
+
+
+def _session(
+    target: Any,
+    models: Sequence[torch.nn.Module],
+    given: Sequence[Sequence[Processor]],
+    scheduler: Any,
+    cfg: tuple[str, ...] | None,
+    processor: Any,
+) -> Session:
+    """Plan every processor once and hand the rows to the host of the target's world."""
+    there = sites(target)
+    plans = {id(p): make_plan(p, there) for row in given for p in row}
+    rows = tuple(tuple(plans[id(p)] for p in row) for row in given)
+    if _is_language_model(models[0]):
+        from .hosts.causal_lm import LanguageSession
+
+        return LanguageSession(models[0], rows, processor)
+    from .hosts.diffusion import DiffusionSession, refusals
+
+    pipeline = _is_pipeline(target)
+    reasons = refusals(target, models, rows, has_scheduler=pipeline or scheduler is not None)
+    if reasons:
+        raise SteeringError(reasons)
+    return DiffusionSession(
+        lambda: models_of(target), (lambda: target.scheduler) if pipeline else (lambda: scheduler), rows, cfg
+    )
+
+
+def _processors_of(variant: Variant | Sequence[Processor] | Processor | None) -> list[Processor]:
+    if variant is None:
+        return []
+    if isinstance(variant, Processor):
+        return [variant]
+    return list(getattr(variant, "processors", variant))
+
+
+def _names(processors: Sequence[Processor]) -> str:
+    return ", ".join(type(p).__name__ for p in processors) or "none"
+
+
+def _disarm() -> None:
+    """Take the library wrappers away once nothing is steered; only worlds that were used are loaded."""
+    import sys
+
+    for name in ("diffusers_seam", "transformers_seam"):
+        module = sys.modules.get(f"{__package__}.hosts.{name}")
+        if module is not None:
+            module.disarm()

@@ -1,0 +1,111 @@
+"""``Clock``: where in the schedule the sampler is, for any scheduler of diffusers.
+
+Schedulers disagree about what they tell (``step_index`` is None, late or absent), and a step may take several model
+calls. What all pipelines share is that they call ``scheduler.set_timesteps`` once and ``scheduler.step`` once per entry of
+``scheduler.timesteps``. The clock wraps these two on the instance and counts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+StepHook = Callable[[Tensor], Tensor]
+"""Gets the model output that arrives at ``scheduler.step`` and returns the one that the scheduler shall see."""
+
+
+class Clock:
+    """Position in the schedule of one scheduler.
+
+    Attributes:
+        index: position in ``scheduler.timesteps`` of the step in progress.
+        timesteps: the schedule as floats; empty before the first run.
+        running: True from the first known schedule on.
+    """
+
+    def __init__(self, scheduler: Any, on_start: Callable[[], None], on_step: StepHook):
+        self.scheduler = scheduler
+        self.index = 0
+        self.timesteps: list[float] = []
+        self._started = False
+        self._on_start = on_start
+        self._on_step = on_step
+        self._saved: dict[str, Any] = {name: vars(scheduler).get(name) for name in ("set_timesteps", "step")}
+        self._wrap()
+
+    @property
+    def total(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def running(self) -> bool:
+        return bool(self.timesteps)
+
+    @property
+    def timestep(self) -> float:
+        """The scheduler's timestep of the step in progress."""
+        return self.timesteps[min(self.index, self.total - 1)]
+
+    @property
+    def sigma(self) -> float | None:
+        """The noise level of the step in progress, where the scheduler has one."""
+        sigmas = getattr(self.scheduler, "sigmas", None)
+        if sigmas is not None and len(sigmas) > self.index:
+            return float(sigmas[self.index])
+        alphas = getattr(self.scheduler, "alphas_cumprod", None)
+        if alphas is None:
+            return None
+        alpha = float(alphas[min(int(self.timestep), len(alphas) - 1)])
+        return ((1 - alpha) / alpha) ** 0.5
+
+    def enter(self, timestep: Any) -> None:
+        """Called before a model call. The first of a run may start inside the schedule (image-to-image)."""
+        if self._started or not self.running:
+            return
+        self._started = True
+        begin = getattr(self.scheduler, "begin_index", None)
+        if begin is None and isinstance(timestep, Tensor):
+            given = float(timestep.flatten()[0])
+            begin = next((i for i, t in enumerate(self.timesteps) if abs(t - given) < 1e-4), 0)
+        self.index = int(begin or 0)
+
+    def sync(self) -> None:
+        """Read the schedule from the scheduler: a run begins."""
+        self.timesteps = [float(t) for t in self.scheduler.timesteps.tolist()]
+        self.index = 0
+        self._started = False
+
+    def _wrap(self) -> None:
+        scheduler = self.scheduler
+        set_timesteps, step = scheduler.set_timesteps, scheduler.step
+
+        @functools.wraps(set_timesteps)
+        def start(*args: Any, **kwargs: Any) -> Any:
+            result = set_timesteps(*args, **kwargs)
+            self.sync()
+            self._on_start()
+            return result
+
+        @functools.wraps(step)
+        def advance(*args: Any, **kwargs: Any) -> Any:
+            if "model_output" in kwargs:
+                kwargs["model_output"] = self._on_step(kwargs["model_output"])
+            else:
+                args = (self._on_step(args[0]), *args[1:])
+            try:
+                return step(*args, **kwargs)
+            finally:
+                self.index += 1
+
+        scheduler.set_timesteps, scheduler.step = start, advance
+
+    def detach(self) -> None:
+        """Give the scheduler its own methods back."""
+        for name, saved in self._saved.items():
+            if saved is None:
+                vars(self.scheduler).pop(name, None)
+            else:
+                setattr(self.scheduler, name, saved)

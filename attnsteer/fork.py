@@ -1,0 +1,128 @@
+"""The fork: perturbed rows share everything before their first perturbed site with the conditional rows.
+
+The normal forward runs with a ``Tape`` that notes the outputs of the top-level stages before that site. A second, shorter
+forward of the perturbed rows gets these outputs (its rows of them) instead of computing them. Model code between the stages
+runs again, so nothing needs to know it. Where a recording cannot be trusted, ``Tape.refusal`` says why and the second
+forward computes everything: slower, never wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .hosts.base import Call, intercept, take_rows
+
+Stage = tuple[str, torch.nn.Module]
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+
+
+class Tape:
+    """Outputs of the stages before the fork, noted in one forward and replayed in the next.
+
+    Args:
+        stages: the stages before the fork, in execution order.
+        chain: a stage needs the previous one only, so that the last output is enough.
+    """
+
+    def __init__(self, stages: Sequence[Stage], chain: bool):
+        self.stages = list(stages)
+        self.chain = chain
+        self._outputs: list[Any] = []
+        self._versions: list[list[int]] = []
+        self._called: list[str] = []
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Note the output of every stage that runs inside the block."""
+
+        def note(name: str) -> Callable[..., Any]:
+            def around(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                output = call(*args, **kwargs)
+                if self.chain:
+                    self._outputs.clear()
+                    self._versions.clear()
+                kept = _detached(output)
+                self._outputs.append(kept)
+                self._versions.append([t._version for t in _tensors(kept) if not t.is_inference()])
+                self._called.append(name)
+                return output
+
+            return around
+
+        with self._intercepting(note):
+            yield
+
+    @contextmanager
+    def replaying(self, rows: torch.Tensor, batch: int) -> Iterator[None]:
+        """Give the stages inside the block their noted outputs, of the chosen rows."""
+        chosen = [take_rows(output, rows, batch) for output in self._outputs]
+        by_name = dict(zip(self._called, chosen * len(self._called) if self.chain else chosen))
+
+        def give(name: str) -> Callable[..., Any]:
+            return lambda call, args, kwargs: by_name[name]
+
+        with self._intercepting(give):
+            yield
+
+    @contextmanager
+    def _intercepting(self, around: Callable[[str], Callable[..., Any]]) -> Iterator[None]:
+        restores = []
+        try:
+            for name, module in self.stages:
+                restores.append(intercept(module, around(name)))
+            yield
+        finally:
+            for restore in reversed(restores):
+                restore()
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the recording must not be replayed; None where it may."""
+        if self._called != [name for name, _ in self.stages]:
+            return "its stages did not run once each in the known order"
+        for output, versions in zip(self._outputs, self._versions):
+            if [t._version for t in _tensors(output) if not t.is_inference()] != versions:
+                return "the model changed the output of a stage in place"
+        return None
+
+
+def _detached(output: Any) -> Any:
+    """Outputs made in inference mode carry no version counter: keep a copy that nobody can write to."""
+    if isinstance(output, torch.Tensor):
+        return output.clone() if output.is_inference() else output
+    if isinstance(output, (tuple, list)):
+        return type(output)(_detached(item) for item in output)
+    return output
+
+
+def stages_before(stages: Sequence[Stage], site_names: Sequence[str]) -> list[Stage]:
+    """The stages that run before the first of these sites."""
+    before: list[Stage] = []
+    for name, module in stages:
+        if any(site == name or site.startswith(name + ".") for site in site_names):
+            return before
+        before.append((name, module))
+    return []
+
+
+def why_no_fork(stages: Sequence[Stage], inputs: dict[str, Any], no_fork: Sequence[str], compiled: bool) -> str | None:
+    """Why a forward cannot be forked whatever it does; None where it can."""
+    if compiled:
+        return "the denoiser is compiled as a whole"
+    given = [name for name in no_fork if inputs.get(name) is not None]
+    if given:
+        return f"{given[0]} acts between the stages"
+    if any(hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook") for _, top in stages for m in top.modules()):
+        return "offloading or caching hooks sit on the stages"
+    return None

@@ -1,0 +1,332 @@
+"""Steering a diffusion pipeline: the normal forward, the perturbed lane, and guidance where the scheduler steps.
+
+``d = w (cond - perturbed)`` is added to the model output that arrives at ``scheduler.step``. That gives the published
+``uncond + s (cond - uncond) + d`` whatever the pipeline does before: one batch in either order, sequential passes, no
+classifier-free guidance, rescaled or norm-matched guidance. By then it is also known how many rows the latents have, hence
+which rows of the denoiser's batch were conditional; so the perturbed rows are computed there, in one forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..binding import ATTRIBUTE, Binding
+from ..clock import Clock
+from ..errors import NotReachedError, SteeringError
+from ..fork import Tape, stages_before, why_no_fork
+from ..lanes import cfg_lanes
+from ..scheduler import Plan, Rows, merge_edits, needs_grid, row_of, wanted_sites
+from ..site import Site
+from . import denoisers
+from .base import Call, copy_nest, intercept, intercepted, is_compiled, take_rows, unwrap
+from .diffusers_seam import arm
+
+PlanRows = tuple[tuple[Plan, ...], ...]
+
+
+@dataclass(eq=False)
+class _Forward:
+    """The conditional forward of the step in progress, kept until the scheduler steps."""
+
+    model: torch.nn.Module
+    call: Call
+    inputs: dict[str, Any]
+    output: Any
+    tape: Tape | None
+    why_whole: str | None
+
+
+class DiffusionSession:
+    """One attachment to a denoiser and, where there is one, its scheduler.
+
+    Args:
+        find_models: the denoisers as the pipeline has them now (they may be compiled or replaced after attaching).
+        find_scheduler: the scheduler as the pipeline has it now; gives None for a bare denoiser.
+        rows: the plans of every row.
+        cfg: order of the two parts of a batch that holds both branches of classifier-free guidance.
+    """
+
+    def __init__(
+        self,
+        find_models: Callable[[], Sequence[torch.nn.Module]],
+        find_scheduler: Callable[[], Any],
+        rows: Rows,
+        cfg: tuple[str, ...] | None = None,
+    ):
+        self._find_models = find_models
+        self._find_scheduler = find_scheduler
+        self.rows = rows
+        self.owner: Any = None
+        self._cfg = cfg
+        self._clock: Clock | None = None
+        self._intercepted: list[tuple[torch.nn.Module, Callable[[], None]]] = []
+        self._forward: _Forward | None = None
+        self._prepared: dict[Any, dict[Site, Binding]] = {}
+        self._guides = any(plan.guides for row in rows for plan in row)
+        self._names = [site.name for site in wanted_sites(rows)]
+        self.extra_rows = 0  # rows computed for perturbed lanes so far
+        self.unforked: dict[str, int] = {}  # why whole forwards were needed, and how often
+
+    # ---- lifecycle ---------------------------------------------------------------------------------------------------
+    def start(self) -> None:
+        self._arm()
+        self._follow_scheduler()
+
+    def stop(self) -> None:
+        for _, restore in self._intercepted:
+            restore()
+        self._intercepted.clear()
+        if self._clock:
+            self._clock.detach()
+            self._clock = None
+        self._clear(self._modules())
+        self._forward = None
+        self._prepared.clear()
+
+    def _modules(self) -> list[torch.nn.Module]:
+        return [unwrap(m).get_submodule(name) for m, _ in self._intercepted for name in self._names] or [
+            unwrap(m).get_submodule(name) for m in self._find_models() for name in self._names
+        ]
+
+    def _arm(self) -> None:
+        """See every call of the denoisers and every kernel call of the selected sites, also after the user compiled the
+        model, loaded an adapter or swapped processors since attaching."""
+        models = list(self._find_models())
+        standing = {id(m) for m, restore in self._intercepted if intercepted(m, restore)}
+        if [id(m) for m in models] != [id(m) for m, _ in self._intercepted] or len(standing) != len(models):
+            for _, restore in self._intercepted:
+                restore()
+            self._intercepted = [(m, intercept(m, self._around(m, is_compiled(m)))) for m in models]
+        for model in models:
+            try:
+                arm([unwrap(model).get_submodule(name) for name in self._names])
+            except AttributeError as missing:
+                raise SteeringError(
+                    f"The denoiser was replaced after attaching ({missing}): detach and attach again."
+                ) from None
+
+    def _follow_scheduler(self) -> None:
+        scheduler = self._find_scheduler()
+        if scheduler is None or (self._clock and self._clock.scheduler is scheduler):
+            return
+        fresh = self._clock is None
+        if self._clock:
+            self._clock.detach()
+        self._clock = Clock(scheduler, self._on_start, self._on_step)
+        if not fresh:  # the pipeline got another scheduler since attaching, and its run has begun
+            self._clock.sync()
+
+    def _on_start(self) -> None:
+        self._forward = None
+        self._arm()
+        for row in self.rows:
+            for plan in row:
+                for state in plan.states.values():
+                    state.clear()
+
+    # ---- the normal forward ------------------------------------------------------------------------------------------
+    def _around(self, model: torch.nn.Module, compiled: bool) -> Callable[..., Any]:
+        def around(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            self._follow_scheduler()
+            inputs = _named(model, args, kwargs)
+            if self._clock:
+                self._clock.enter(inputs.get("timestep"))
+            plain = self._active(lambda plan: not plan.guides)
+            guiding = self._active(lambda plan: plan.guides)
+            with self._steering(model, self._plain_bindings(model, inputs, plain)):
+                if self._forward is not None or not any(guiding):
+                    return call(*args, **kwargs)
+                return self._record(model, call, args, kwargs, copy_nest(inputs), guiding, compiled)
+
+        return around
+
+    def _record(
+        self, model: torch.nn.Module, call: Call, args: Any, kwargs: Any, inputs: Any, guiding: PlanRows, compiled: bool
+    ) -> Any:
+        """Run the conditional forward, noting what the perturbed rows can share."""
+        family = denoisers.family_of(model)
+        tape, why = None, "the family has no descriptor"
+        if family is not None:
+            every = denoisers.stages(model, family)
+            why = why_no_fork(every, inputs, family.no_fork, compiled)
+            shared = [] if why else stages_before(every, [s.name for s in wanted_sites(guiding)])
+            tape = Tape(shared, family.chain) if shared else None
+        with tape.recording() if tape else nullcontext():
+            output = call(*args, **kwargs)
+        self._forward = _Forward(model, call, inputs, output, tape, why)
+        return output
+
+    def _active(self, which: Callable[[Plan], bool]) -> PlanRows:
+        """The plans of every row that act in the step in progress."""
+        clock = self._clock
+        step, total = (clock.index, clock.total) if clock and clock.running else (0, 1)
+        sigmas = any(isinstance(plan.where.steps, Mapping) for row in self.rows for plan in row)
+        sigma = clock.sigma if clock and clock.running and sigmas else None
+        return tuple(tuple(p for p in row if which(p) and p.active(step, total, sigma)) for row in self.rows)
+
+    def _plain_bindings(self, model: torch.nn.Module, inputs: dict[str, Any], plain: PlanRows) -> dict[Site, Binding]:
+        if not any(plain):
+            return {}
+        family = denoisers.family_of(model)
+        batch = denoisers.sample_of(family, inputs).shape[0]
+        rows: Sequence[tuple[Plan, ...]] = plain
+        if len(plain) > 1:  # each part of a guided batch holds all rows
+            if batch % len(plain):
+                raise SteeringError(f"{len(plain)} variants cannot be dealt to a batch of {batch} rows.")
+            rows = plain * (batch // len(plain))
+        return self._bindings(model, inputs, rows, reacting=True)
+
+    # ---- the perturbed lane ------------------------------------------------------------------------------------------
+    def _on_step(self, model_output: Tensor) -> Tensor:
+        """Add guidance to the prediction that the scheduler is about to use."""
+        guiding = self._active(lambda plan: plan.guides)
+        forward, self._forward = self._forward, None
+        if not any(guiding):
+            return model_output
+        if forward is None:
+            raise NotReachedError(
+                "The scheduler stepped, but the denoiser was not called through attnsteer in this step: call the "
+                "pipeline's own denoiser, or attach to the model that runs."
+            )
+        samples = model_output.shape[0]
+        lanes = [(r, plan) for r in range(samples) for plan in row_of(guiding, r, samples)]
+        return self._guide(forward, model_output, lanes)
+
+    def _guide(self, forward: _Forward, model_output: Tensor, lanes: Sequence[tuple[int, Plan]]) -> Tensor:
+        """``model_output + sum of w (cond - perturbed)`` over the lanes ``(sample row, plan)``; other rows keep their bits."""
+        assert self._clock is not None
+        family = denoisers.family_of(forward.model)
+        batch = denoisers.sample_of(family, forward.inputs).shape[0]
+        samples = model_output.shape[0]
+        parts = self._cfg or (family.cfg if family else ("uncond", "cond"))
+        first = cfg_lanes(batch, samples, parts)["cond"].rows.start
+        device = model_output.device
+        rows = torch.tensor([r for r, _ in lanes], device=device)
+        scales = [plan.processor.guidance(self._clock.timestep) for _, plan in lanes]
+        perturbed = _prediction(self._perturbed(forward, rows + first, lanes, batch, samples))
+        cond = _prediction(forward.output).index_select(0, rows + first)
+        channels = model_output.shape[1]  # some models predict a variance beside the mean
+        delta = cond[:, :channels].float() - perturbed[:, :channels].float()
+        weight = torch.tensor(scales, device=device).view(-1, *[1] * (delta.dim() - 1))
+        wide = torch.float64 if model_output.dtype == torch.float64 else torch.float32
+        guided = model_output.to(wide).index_add(0, rows, (weight * delta).to(wide)).to(model_output.dtype)
+        touched = torch.zeros(samples, dtype=torch.bool, device=device).index_fill(0, rows, True)
+        return torch.where(touched.view(-1, *[1] * (delta.dim() - 1)), guided, model_output)
+
+    def _perturbed(
+        self, forward: _Forward, rows: Tensor, lanes: Sequence[tuple[int, Plan]], batch: int, samples: int
+    ) -> Any:
+        """One forward of the perturbed rows alone, from the fork on where that is safe."""
+        family = denoisers.family_of(forward.model)
+        names = family.rows if family else tuple(forward.inputs)
+        inputs = {k: take_rows(v, rows, batch) if k in names else v for k, v in forward.inputs.items()}
+        for name in family.lists if family else ():
+            inputs[name] = [inputs[name][i] for i in rows.tolist()]
+        plain = self._active(lambda plan: not plan.guides)
+        wanted = [(*row_of(plain, r, samples), plan) for r, plan in lanes]
+        why = forward.why_whole or (forward.tape.refusal if forward.tape else None)
+        if why:
+            self.unforked[why] = self.unforked.get(why, 0) + 1
+        replay = forward.tape.replaying(rows, batch) if forward.tape and not why else nullcontext()
+        self.extra_rows += len(lanes)
+        with self._steering(forward.model, self._bindings(forward.model, inputs, wanted, reacting=False)), replay:
+            return forward.call(**inputs)
+
+    # ---- bindings ----------------------------------------------------------------------------------------------------
+    def _bindings(
+        self, model: torch.nn.Module, inputs: dict[str, Any], rows: Sequence[tuple[Plan, ...]], reacting: bool
+    ) -> dict[Site, Binding]:
+        """A binding for every site at which a row wants something, made once for each arrangement of rows."""
+        family = denoisers.family_of(model)
+        device = denoisers.sample_of(family, inputs).device
+        shape = _text_and_sample_shape(family, inputs)
+        key = (id(model), reacting, device, shape, tuple(tuple(map(id, row)) for row in rows))
+        if key not in self._prepared:
+            made = {}
+            for site in wanted_sites(rows):
+                edits = merge_edits(rows, site, device)
+                reactors = _reactors(rows, site) if reacting else ()
+                if edits or reactors:
+                    layout = denoisers.spans(model, family, inputs, site, needs_grid(edits))
+                    turn = denoisers.main_call(family, site, unwrap(model).get_submodule(site.name))
+                    made[site] = Binding(site, edits, reactors, layout, main_call=turn)
+            self._prepared[key] = made
+        return self._prepared[key]
+
+    @contextmanager
+    def _steering(self, model: torch.nn.Module, bindings: dict[Site, Binding]) -> Iterator[None]:
+        """Put the bindings on their modules for one forward, then check that each was reached."""
+        modules = {site: unwrap(model).get_submodule(site.name) for site in bindings}
+        for site, binding in bindings.items():
+            binding.hit = False
+            setattr(modules[site], ATTRIBUTE, binding)
+        try:
+            yield
+        finally:
+            self._clear(modules.values())
+        missed = [site.name for site, binding in bindings.items() if not binding.hit]
+        if missed:
+            raise NotReachedError(
+                f"{len(missed)} selected sites were never reached ({', '.join(missed[:4])}): the model skipped them or "
+                "attends through code that diffusers' attention backends do not see."
+            )
+
+    @staticmethod
+    def _clear(modules: Any) -> None:
+        for module in modules:
+            module.__dict__.pop(ATTRIBUTE, None)
+
+
+def _named(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All inputs of a denoiser call by name."""
+    names = list(inspect.signature(type(unwrap(model)).forward).parameters)[1:]
+    return {**dict(zip(names, args)), **kwargs}
+
+
+def _prediction(output: Any) -> Tensor:
+    """The prediction in a denoiser's output, whether tuple or output class."""
+    prediction = output[0] if isinstance(output, tuple) else output.sample
+    if not isinstance(prediction, Tensor):
+        raise SteeringError("The denoiser returned a list of predictions: guidance is not available for this family.")
+    return prediction
+
+
+def _text_and_sample_shape(family: denoisers.Family | None, inputs: dict[str, Any]) -> tuple[Any, ...]:
+    """What the token layout of a forward depends on."""
+    text = inputs.get("encoder_hidden_states")
+    sample = denoisers.sample_of(family, inputs)
+    return (tuple(sample.shape[1:]), text.shape[1] if isinstance(text, Tensor) else None)
+
+
+def _reactors(rows: Sequence[tuple[Plan, ...]], site: Site) -> tuple[tuple[Any, dict[str, Any]], ...]:
+    """The processors that look at the data of a site. They see all rows."""
+    plans = {id(plan): plan for row in rows for plan in row if plan.reacts and site in plan.selection}
+    return tuple((plan.processor, plan.states[site]) for plan in plans.values())
+
+
+def refusals(target: Any, models: Sequence[torch.nn.Module], rows: Rows, has_scheduler: bool) -> list[str]:
+    """Why these plans cannot run on these denoisers; empty where they can."""
+    reasons = []
+    plans = {id(plan): plan for row in rows for plan in row}.values()
+    guiding = [type(plan.processor).__name__ for plan in plans if plan.guides]
+    for model in map(unwrap, models):
+        name = type(model).__name__
+        if guiding and getattr(model, "is_cache_enabled", False):
+            reasons.append(f"{name} has a cache that skips attention on some steps: call disable_cache() first.")
+        if getattr(model, "_parallel_config", None) is not None:
+            reasons.append(f"{name} runs with context parallelism, which splits the token sequence: turn it off first.")
+    if guiding and not has_scheduler:
+        reasons.append(
+            f"{guiding[0]} guides where the scheduler steps, and a bare {type(target).__name__} has none: "
+            "attach to the pipeline, or pass scheduler=... from your own loop."
+        )
+    if any("image_free" in plan.processor.lanes for plan in plans):
+        reasons.append("Methods that compare with an image-free prompt need a vision-language model.")
+    return reasons

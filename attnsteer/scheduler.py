@@ -1,0 +1,106 @@
+"""From processors and variants to rows: who wants what, at which site, in which row of which forward pass.
+
+A *row* is one prompt of the batch. Each row has its own list of processors (its variant); a single list serves all rows.
+What all rows want at a site is merged into one set of edits with per-row weights, so that any mixture of strengths, heads
+and layers takes one kernel call (``edits.stack_rows``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from .edits import BlurredQuery, Edit, KeyBias, Mix, stack_rows
+from .errors import SteeringError
+from .processor import Processor
+from .site import Site
+from .where import Selection, Where
+
+Rows = tuple[tuple["Plan", ...], ...]
+"""For each row the plans that act on it; one entry stands for all rows."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """One processor on one model: what it selected and what it wants there.
+
+    ``edits`` holds the data-independent edits; ``states`` one dict per site for processors that react to data.
+    """
+
+    processor: Processor
+    where: Where
+    selection: Selection
+    edits: Mapping[Site, Edit]
+    states: Mapping[Site, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def guides(self) -> bool:
+        """True where the processor needs a second prediction of the conditional rows."""
+        return "perturbed" in self.processor.lanes
+
+    @property
+    def reacts(self) -> bool:
+        return type(self.processor).react is not Processor.react
+
+    def active(self, step: int, total: int, sigma: float | None) -> bool:
+        return not self.processor.inert and self.where.active(step, total, sigma)
+
+
+def make_plan(processor: Processor, sites: Sequence[Site]) -> Plan:
+    """Select, ask and check one processor.
+
+    Raises:
+        SteeringError: all reasons why the processor cannot act on the selected sites.
+    """
+    if not processor.token_agnostic and any(site.kind == "unknown" for site in sites):
+        raise SteeringError(
+            f"This model family has no descriptor, so attnsteer does not know which token is what; "
+            f"{type(processor).__name__} with these parameters needs to. Edits that need no token positions work."
+        )
+    kinds = (*processor.kinds, "unknown") if processor.token_agnostic else processor.kinds
+    where = processor.where_for(sites)
+    selection = where.select(sites, kinds)
+    reasons = list(dict.fromkeys(reason for site in selection for reason in processor.refusals(site)))
+    if reasons:
+        raise SteeringError(reasons)
+    wanted = {site: processor.plan(site, heads) for site, heads in selection.items()}
+    edits = {site: edit for site, edit in wanted.items() if edit is not None}
+    return Plan(processor, where, selection, edits, {site: {} for site in selection})
+
+
+def row_of(rows: Rows, index: int, total: int) -> tuple[Plan, ...]:
+    """The plans of row ``index`` of ``total``; several pictures of one prompt are contiguous.
+
+    Raises:
+        SteeringError: where the rows cannot be dealt to the variants.
+    """
+    if total % len(rows):
+        raise SteeringError(
+            f"{len(rows)} variants cannot be dealt to a batch of {total} rows: give one prompt per variant."
+        )
+    return rows[index // (total // len(rows))]
+
+
+def merge_edits(rows: Sequence[Sequence[Plan]], site: Site, device: torch.device) -> tuple[Edit, ...]:
+    """The edits of all rows at a site, with tensors ``(R, ...)`` on the device that computes."""
+    asked = [[plan.edits[site] for plan in row if site in plan.edits] for row in rows]
+    return tuple(_to(edit, device) for edit in stack_rows(asked))
+
+
+def wanted_sites(rows: Sequence[Sequence[Plan]]) -> list[Site]:
+    """Every site at which some row wants something, in execution order."""
+    return sorted({site for row in rows for plan in row for site in plan.selection}, key=lambda s: s.index)
+
+
+def needs_grid(edits: Sequence[Edit]) -> bool:
+    """Whether an edit must know how the image tokens lie in the plane."""
+    return any(isinstance(edit, Mix) and isinstance(edit.target, BlurredQuery) for edit in edits)
+
+
+def _to(edit: Edit, device: torch.device) -> Edit:
+    if isinstance(edit, KeyBias):
+        return replace(edit, bias=edit.bias.to(device))
+    return replace(edit, weight=edit.weight.to(device))
