@@ -49,7 +49,8 @@ def get(name: str) -> type[Processor]:
         raise SteeringError(f"There is no processor {name!r}; there are: {', '.join(available())}.")
     found = plugins[name].load()
     if not (isinstance(found, type) and issubclass(found, Processor)):
-        raise SteeringError(f"The entry point {name!r} = {plugins[name].value!r} is no subclass of attnsteer.Processor.")
+        where = f"{name} = {plugins[name].value}"
+        raise SteeringError(f"The entry point {where!r} is no subclass of attnsteer.Processor.")
     return found
 
 

@@ -1,7 +1,7 @@
 """Tiny random-weight denoisers, one per model family: ``build(name) -> (model, inputs)``.
 
-Sizes are odd on purpose: a grid of 3 x 5 image tokens, 7 text tokens, 3 heads. ``inputs(batch, seed)`` gives the keyword
-arguments of the model's forward; text rows after the first are shorter where the family takes a text mask.
+Sizes are odd on purpose: a grid of 3 x 5 image tokens, 7 text tokens, 3 heads. ``inputs(batch, seed)`` gives the
+keyword arguments of the model's forward; text rows after the first are shorter where the family takes a text mask.
 """
 
 from __future__ import annotations

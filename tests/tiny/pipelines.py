@@ -226,7 +226,7 @@ def build(name: str, seed: int = 0) -> Any:
 
 
 def call_kwargs(name: str, batch: int = 1, cfg: bool = True, steps: int = 3, seed: int = 0) -> dict[str, Any]:
-    """What to call the pipeline with: ``batch`` prompts, one seeded generator each, a numpy picture of 48 x 80 pixels."""
+    """What to call the pipeline with: ``batch`` prompts, a seeded generator each, numpy pictures of 48 x 80 pixels."""
     kwargs: dict[str, Any] = {
         "prompt": [PROMPTS[i % len(PROMPTS)] for i in range(batch)],
         "height": HEIGHT,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.tiny import denoisers, pipelines, tokenizers
+from tests.tiny import denoisers, pipelines, tokenizers, vlms
 
 
 @pytest.mark.parametrize("name", denoisers.NAMES)
@@ -48,3 +48,28 @@ def test_tokenizers_know_words_and_spell_the_rest() -> None:
         known = len(tokenizer("a dog").input_ids)
         assert len(tokenizer("a dog dog").input_ids) == known + 1
         assert len(tokenizer("a dog zebra").input_ids) > known + 1
+
+
+@pytest.mark.parametrize("name", vlms.NAMES)
+def test_vlm_sees_its_picture(name: str) -> None:
+    model, inputs = vlms.build(name)
+    given = inputs(2)
+    other = {**given, "pixel_values": given["pixel_values"].flip(-1)}
+    with torch.no_grad():
+        first, second = model(**given).logits[:, -1], model(**other).logits[:, -1]
+    assert torch.isfinite(first).all()
+    assert (first - second).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", vlms.NAMES)
+def test_vlm_answers_a_left_padded_batch_as_it_answers_rows(name: str) -> None:
+    model, inputs = vlms.build(name)
+    given = inputs(2, left_padding=True)
+    assert (given["attention_mask"][1] == 0).sum() == vlms.SHORTER
+    answers = model.generate(**given, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert answers.shape == (2, given["input_ids"].shape[1] + 4)
+    with torch.no_grad():
+        batched = model(**given).logits[:, -1]
+        alone = [model(**vlms.row(given, r)).logits[0, -1] for r in range(2)]
+    # Measured: up to 5e-6 in float32, since other shapes are summed in another order.
+    torch.testing.assert_close(batched, torch.stack(alone), rtol=0, atol=3e-5)
