@@ -22,7 +22,6 @@ def intercept(module: torch.nn.Module, around: Around) -> Callable[[], None]:
     works alike for plain modules, modules compiled in place and ``torch.compile(module)`` objects.
     """
     previous = module.__dict__.get(_SLOT)
-    # with fullgraph-compiled models nothing of ours is traced: the compiled callable is called from here
     inner: Call = previous if previous is not None else module._call_impl
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -38,6 +37,7 @@ def intercept(module: torch.nn.Module, around: Around) -> Callable[[], None]:
                 module.__dict__[_SLOT] = previous
 
     restore.wrapper = wrapper  # type: ignore[attr-defined]
+    wrapper.inner_compiled = previous is not None  # type: ignore[attr-defined]
     return restore
 
 
@@ -48,7 +48,8 @@ def intercepted(module: torch.nn.Module, restore: Callable[[], None]) -> bool:
 
 def is_compiled(module: torch.nn.Module) -> bool:
     """Whether the module as a whole runs compiled, so that its submodules are not called one by one."""
-    return hasattr(module, "_orig_mod") or module.__dict__.get(_SLOT) is not None
+    slot = module.__dict__.get(_SLOT)
+    return hasattr(module, "_orig_mod") or (slot is not None and getattr(slot, "inner_compiled", True))
 
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:

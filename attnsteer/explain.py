@@ -1,0 +1,197 @@
+"""``explain``: what steering will do, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .attach import _is_language_model, _processors_of, models_of, sites
+from .errors import SteeringError
+from .fork import stages_before, why_no_fork
+from .processor import Processor, parameters
+from .scheduler import Plan, make_plan, wanted_sites
+from .where import Where
+
+if TYPE_CHECKING:
+    from .attach import Steering
+    from .variants import Variant
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one processor selected."""
+
+    processor: str
+    parameters: dict[str, Any]
+    heads: dict[str, tuple[int, ...]]
+    steps: str
+    inert: bool
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The dry run of a steering. ``str()`` gives a table, ``to_dict()`` plain values.
+
+    Attributes:
+        target: class of the pipeline or model.
+        rows: for each row (or for all) the positions in ``parts`` of its processors.
+        parts: what each processor selected.
+        extra: the forward passes beyond those of the plain model, in words.
+        extra_rows: rows of the additional forward in a step where everything is active, for each picture or prompt.
+        fork: where the additional forward enters the model, in words; empty where there is none.
+        shared: fraction of the stages that the additional forward does not compute again.
+        bytes: what is kept: ``edits`` (weights at the sites) and ``tape`` (stage outputs for the fork; a list entry for
+            families whose size cannot be told is missing).
+        refused: reasons why this cannot run; empty where it can.
+    """
+
+    target: str
+    rows: list[list[int]] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
+    extra: str = "none"
+    extra_rows: int = 0
+    fork: str = ""
+    shared: float = 0.0
+    bytes: dict[str, int] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"Steering {self.target}"]
+        for part in self.parts:
+            given = ", ".join(f"{k}={v!r}" for k, v in part.parameters.items())
+            lines.append(
+                f"  {part.processor}({given})" + ("  no effect: the model is left alone" if part.inert else "")
+            )
+            lines.append(f"    steps  {part.steps}")
+            lines += [f"    site   {name}  heads {_short(heads)}" for name, heads in part.heads.items()]
+        if len(self.rows) > 1:
+            lines.append(f"  rows     {self.rows} (positions in the list above)")
+        lines.append(f"  extra    {self.extra}")
+        lines += [f"  fork     {self.fork}"] if self.fork else []
+        lines += [f"  memory   {name}: {size:,} bytes" for name, size in self.bytes.items()]
+        lines += [f"  refused  {reason}" for reason in self.refused]
+        return "\n".join(lines)
+
+
+def explain_plan(
+    target: Any,
+    *processors: Processor,
+    variants: Sequence[Variant | Sequence[Processor]] | None = None,
+    scheduler: Any = None,
+    **shape: int,
+) -> Explanation:
+    """The dry run of ``attach`` with the same arguments: refusals are collected, not raised.
+
+    Args:
+        **shape: ``height`` and ``width`` in pixels and ``batch`` (pictures), for the memory of the fork.
+    """
+    name = type(target).__name__
+    given = [list(processors)] if variants is None else [_processors_of(v) for v in variants]
+    refused: list[str] = []
+    plans: dict[int, Plan] = {}
+    try:
+        there = sites(target)
+    except SteeringError as error:
+        return Explanation(name, refused=error.reasons)
+    for processor in (p for row in given for p in row):
+        try:
+            plans[id(processor)] = make_plan(processor, there)
+        except SteeringError as error:
+            refused += error.reasons
+    rows = tuple(tuple(plans[id(p)] for p in row if id(p) in plans) for row in given)
+    refused += _refusals(target, rows, scheduler)
+    return _explanation(target, rows, refused, shape)
+
+
+def explain(steering: Steering, **shape: int) -> Explanation:
+    """The explanation of what is attached."""
+    return _explanation(steering.target, steering.session.rows, [], shape)
+
+
+def _refusals(target: Any, rows: Any, scheduler: Any) -> list[str]:
+    models = models_of(target)
+    if _is_language_model(models[0]):
+        from .hosts import causal_lm
+
+        return causal_lm.refusals(models[0])
+    from .hosts.diffusion import refusals
+
+    return refusals(target, models, rows, hasattr(target, "scheduler") or scheduler is not None)
+
+
+def _explanation(target: Any, rows: Any, refused: list[str], shape: Mapping[str, int]) -> Explanation:
+    plans = list({id(plan): plan for row in rows for plan in row}.values())
+    numbers = {id(plan): i for i, plan in enumerate(plans)}
+    facts: dict[str, Any] = {
+        "rows": [[numbers[id(plan)] for plan in row] for row in rows],
+        "parts": [_part(plan) for plan in plans],
+        "bytes": {"edits": sum(4 * site.heads for row in rows for plan in row for site in plan.edits)},
+        "refused": refused,
+    }
+    live = tuple(tuple(plan for plan in row if not plan.processor.inert) for row in rows)
+    if any("image_free" in plan.processor.lanes for row in live for plan in row):
+        facts["extra"] = "one pass of the prompt with and without its image before each generation (2 rows a prompt)"
+        facts["extra_rows"] = 2
+    guiding = tuple(tuple(plan for plan in row if plan.guides) for row in live)
+    if any(guiding):
+        facts |= _guidance_facts(target, guiding, shape)
+    return Explanation(type(target).__name__, **facts)
+
+
+def _part(plan: Plan) -> Part:
+    given = {k: v for k, v in parameters(plan.processor).items() if k != "where"}
+    heads = {site.name: chosen for site, chosen in plan.selection.items()}
+    return Part(type(plan.processor).__name__, given, heads, _steps(plan.where), plan.processor.inert)
+
+
+def _steps(where: Where) -> str:
+    steps = where.steps
+    if isinstance(steps, tuple) and len(steps) == 2 and any(isinstance(s, float) for s in steps):
+        return f"from {100 * steps[0]:g} % to {100 * steps[1]:g} % of the schedule"
+    if isinstance(steps, Mapping):
+        return f"noise levels from {steps['sigma'][0]:g} to {steps['sigma'][1]:g}"
+    return str(steps)
+
+
+def _guidance_facts(target: Any, guiding: Any, shape: Mapping[str, int]) -> dict[str, Any]:
+    """The perturbed lane: how many rows, from which stage on, and what the fork keeps in memory."""
+    from .hosts import denoisers, estimate
+    from .hosts.base import is_compiled, unwrap
+
+    model = models_of(target)[0]
+    family = denoisers.family_of(model)
+    lanes = max(len(row) for row in guiding)
+    first = wanted_sites(guiding)[0]
+    facts: dict[str, Any] = {
+        "extra": f"in each guided step one more forward of the conditional rows ({lanes} for each picture)",
+        "extra_rows": lanes,
+    }
+    stages = denoisers.stages(model, family) if family else []
+    why = why_no_fork(stages, {}, (), is_compiled(model)) if family else "the family has no descriptor"
+    before = [] if why else stages_before(stages, [site.name for site in wanted_sites(guiding)])
+    if before:
+        facts["fork"] = f"enters before {stages[len(before)][0]}: {len(before)} of {len(stages)} stages are shared"
+        facts["shared"] = len(before) / len(stages)
+        size = estimate.tape_bytes(
+            unwrap(model), family, before, first, getattr(target, "vae_scale_factor", None), shape
+        )
+        if size is not None:
+            facts["bytes"] = {"edits": 4 * sum(s.heads for row in guiding for p in row for s in p.edits), "tape": size}
+    else:
+        facts["fork"] = f"nothing is shared: {why or 'the first stage is perturbed'}"
+    return facts
+
+
+def _short(heads: Sequence[int]) -> str:
+    """``0-3, 7``."""
+    runs: list[list[int]] = []
+    for head in heads:
+        if runs and runs[-1][-1] == head - 1:
+            runs[-1].append(head)
+        else:
+            runs.append([head])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
