@@ -1,13 +1,13 @@
 """``attend``: one attention call with edits, lowered onto fused kernels. No ``Nq x Nk`` map is ever built here.
 
-Three phases, one table each (``INPUTS``, ``ROWS``, ``OUTPUTS``), each keyed by the type of edit:
+Three phases, one table each, keyed by the type of edit:
 
-1. *inputs*: q, k, v or the mask change before the user's kernel runs (``KeyBias`` on all queries);
-2. *rows*: single query rows of the kernel's output are recomputed (``KeyBias`` on the last query);
-3. *outputs*: the head outputs are mixed or scaled (``Mix``, ``Scale``).
+1. ``INPUTS``: q, k, v or the mask change before the user's kernel runs (``KeyBias`` on all queries);
+2. ``ROWS``: single query rows of the kernel's output are recomputed (``KeyBias`` on the last query);
+3. ``OUTPUTS``: head outputs are mixed or scaled (``Mix``, ``Scale``).
 
 A head that an edit leaves alone keeps its bits: the choice between edited and plain output is a ``torch.where`` on the
-weight, never an interpolation at 0 (that turns -0.0 into 0.0 and inf into nan). Weights are tensors all the way, so a
+weight, never an interpolation at 0 (which turns -0.0 into 0.0 and inf into nan). Weights are tensors all the way, so a
 compiled call serves every strength with one graph.
 """
 
@@ -24,11 +24,8 @@ from torch.nn import functional as F
 from . import targets
 from .edits import ORDER, Edit, KeyBias, MeanValue, Mix, OwnValue, Scale
 from .errors import SteeringError
+from .logits import compute_dtype, row_attention
 from .site import AttentionCall, expand_rows
-from .targets import compute_dtype, row_attention
-
-Touched = Tensor
-"""Bool ``(1 or B, 1 or H, 1, 1)``: the rows and heads that an edit changes."""
 
 
 def attend(call: AttentionCall, edits: Sequence[Edit]) -> Tensor:
@@ -36,128 +33,143 @@ def attend(call: AttentionCall, edits: Sequence[Edit]) -> Tensor:
 
     Args:
         call: the kernel call as the model made it.
-        edits: in any order; they compose in the order of ``edits.ORDER`` and, within one type, as given.
+        edits: in any order; they compose in the order of ``edits.ORDER`` and, within one type, as given (a bias on all
+            queries before one on the last).
 
     Returns:
         ``(B, H, Nq, Dv)`` in the dtype of the kernel. Without edits this is ``call.output`` itself.
 
     Raises:
-        SteeringError: an edit that this call cannot carry; all reasons at once, before anything is computed.
+        SteeringError: edits that this call cannot carry; all reasons at once, before anything is computed.
     """
-    edits = sorted(edits, key=lambda edit: ORDER.index(type(edit)))
+    edits = sorted(edits, key=_turn)
     reasons = [reason for edit in edits for reason in refusals(call, edit)] + _conflicts(edits)
     if reasons:
         raise SteeringError(reasons)
     output, steered = call.output, call
     for edit in edits:
-        if _phase(edit) is INPUTS:
+        if _is_input(edit):
             steered, touched = INPUTS[type(edit)](steered, edit)
             output = torch.where(touched, steered.output, output)
-        elif _phase(edit) is ROWS:
-            output = ROWS[type(edit)](steered, output, edit)
         else:
-            output = OUTPUTS[type(edit)](steered, output, edit)
+            table = ROWS if type(edit) in ROWS else OUTPUTS
+            output = table[type(edit)](steered, output, edit)
     return output
 
 
+def _is_input(edit: Edit) -> bool:
+    return isinstance(edit, KeyBias) and edit.queries == "all"
+
+
+def _turn(edit: Edit) -> tuple[int, bool]:
+    return ORDER.index(type(edit)), not _is_input(edit)
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
 def refusals(call: AttentionCall, edit: Edit) -> list[str]:
     """Why this call cannot carry an edit; empty where it can. Looks at shapes and layout only, never at values."""
+    heads = call.q.shape[1]
     if isinstance(edit, Mix):
-        return _shape_reasons(call, edit.weight, (call.q.shape[1],), "Mix.weight") + targets.refusals(call, edit)
+        return _shape_reasons(call, edit.weight.shape, (heads,), "Mix.weight") + targets.refusals(call, edit)
     if isinstance(edit, Scale):
-        return _shape_reasons(call, edit.weight, (call.q.shape[1],), "Scale.weight")
-    reasons = _shape_reasons(call, edit.bias[..., 0], (1, call.q.shape[1]), "KeyBias.bias")
+        return _shape_reasons(call, edit.weight.shape, (heads,), "Scale.weight")
+    reasons = _shape_reasons(call, edit.bias.shape[:-1], (1, heads), "KeyBias.bias")
     if edit.bias.shape[-1] != call.k.shape[2]:
         reasons.append(f"KeyBias.bias covers {edit.bias.shape[-1]} keys; {call.site.name!r} has {call.k.shape[2]}.")
     return reasons
 
 
-def _shape_reasons(call: AttentionCall, weight: Tensor, heads: tuple[int, ...], name: str) -> list[str]:
-    """Rows must be 1 or divide the batch (contiguous repetition), heads must match."""
-    if weight.dim() != 2 or weight.shape[1] not in heads or call.q.shape[0] % weight.shape[0]:
-        return [
-            f"{name} starts with {tuple(weight.shape)}; {call.site.name!r} has {call.q.shape[0]} rows and "
-            f"{call.q.shape[1]} heads: give (rows or 1, heads), where rows divides the batch."
-        ]
-    return []
+def _shape_reasons(call: AttentionCall, shape: torch.Size, heads: tuple[int, ...], name: str) -> list[str]:
+    batch = call.q.shape[0]
+    if len(shape) == 2 and shape[1] in heads and shape[0] > 0 and batch % shape[0] == 0:
+        return []
+    allowed = " or ".join(map(str, heads))
+    return [
+        f"{name} starts with shape {tuple(shape)}; at {call.site.name!r} give (rows, {allowed}), where rows divides "
+        f"the batch of {batch}."
+    ]
 
 
 def _conflicts(edits: Sequence[Edit]) -> list[str]:
-    """Pairs that do not compose: a bias on one query row is invisible to targets that look at logits."""
+    """Pairs that do not compose: a bias on the last row is invisible to targets that look at logits."""
     last = any(isinstance(edit, KeyBias) and edit.queries == "last" for edit in edits)
     blind = (OwnValue(), MeanValue())
     looks = [e for e in edits if isinstance(e, Mix) and (e.target not in blind or e.path != "linear")]
     if last and looks:
         return [
-            f"A KeyBias on the last query and a Mix toward {looks[0].target} ({looks[0].path}) do not compose at one site:"
-            " give them different layers, or use KeyBias(queries='all')."
+            f"KeyBias(queries='last') and Mix({looks[0].target}, path={looks[0].path!r}) do not compose at one site: "
+            "choose different layers, or use KeyBias(queries='all')."
         ]
     return []
 
 
-# ---- phase 1: inputs ---------------------------------------------------------------------------------------------------
-def bias_keys(call: AttentionCall, edit: KeyBias) -> tuple[AttentionCall, Touched]:
+# ---- phase 1: inputs -------------------------------------------------------------------------------------------------
+def bias_keys(call: AttentionCall, edit: KeyBias) -> tuple[AttentionCall, Tensor]:
     """``logits += bias`` for all queries, as extra channels of q and k (FlashBias, 2025, arXiv 2505.12044).
 
-    One form for everything: the mask, the causal flag and the backend stay what they are. A mask form would have to
-    blow a causal flag or a ``(B, 1, Nq, Nk)`` mask up to a float tensor per head. Query head h of a group of G shares its
-    key head, so each of the G heads gets a channel of its own: ``q' = [q, onehot(h mod G)]``, ``k' = [k, bias_h / scale]``.
-    In half precision every channel comes twice, the second holding what rounding took from the first. Widths are padded
-    to a multiple of 8; v too, because fused kernels want equal widths. Cost: one more kernel call, at most 2 G + 7
-    channels wider. Untouched rows and heads keep the plain call's bits.
+    One form for every call: mask, causal flag and backend stay what they are, where an additive mask would blow a
+    causal flag or a ``(B, 1, Nq, Nk)`` mask up to one float map per head. The G query heads of a group share their key
+    head, so each gets a channel of its own: ``q' = [q, onehot(h mod G)]`` and ``k' = [k, bias_h / scale]``. In half
+    precision every channel comes twice; the second holds what rounding took from the first. Widths are padded to a
+    multiple of 8, v's too, because fused kernels want equal widths. Cost: one more kernel call, at most 2 G + 7
+    channels wider.
+
+    Returns:
+        The changed call, and a bool ``(1 or B, 1 or H, 1, 1)``: the rows and heads that have a bias at all.
     """
-    q, k, v = call.q, call.k, call.v
+    q, k = call.q, call.k
     batch, heads, n_q, dim = q.shape
-    group, scale = call.group, call.softmax_scale
+    scale = call.softmax_scale
     bias = expand_rows(edit.bias, batch).to(device=q.device, dtype=compute_dtype(q))
     touched = (bias != 0).any(dim=-1)[:, :, None, None]
-    channels = 1 if bias.shape[1] == 1 else group
+    channels = 1 if bias.shape[1] == 1 else call.group
     wanted = (bias / scale).unflatten(1, (-1, channels)).mT  # (R, 1 or Hkv, Nk, channels)
     high = wanted.to(k.dtype)
     parts = [high] if k.dtype == wanted.dtype else [high, (wanted - high).to(k.dtype)]
     extra_k = torch.cat(parts, dim=-1).expand(batch, k.shape[1], -1, -1)
     select = torch.eye(channels, dtype=q.dtype, device=q.device).repeat(heads // channels, len(parts))  # (H, extra)
     extra_q = select[None, :, None].expand(batch, -1, n_q, -1)
-    width = max(-(-(dim + select.shape[-1]) // 8) * 8, v.shape[-1])
-    # A kernel that was given no scale derives it from the width that it sees.
-    factor = 1.0 if call.scale is not None else (width / dim) ** 0.5
-    wide_q = F.pad(torch.cat([q, extra_q], dim=-1), (0, width - dim - select.shape[-1]))
-    wide_k = F.pad(torch.cat([k, extra_k], dim=-1), (0, width - dim - select.shape[-1]))
+    unused = max(-(-(dim + select.shape[-1]) // 8) * 8, call.v.shape[-1]) - dim - select.shape[-1]
+    wide_q = F.pad(torch.cat([q, extra_q], dim=-1), (0, unused))
+    wide_k = F.pad(torch.cat([k, extra_k], dim=-1), (0, unused))
+    return replace(call, q=wide_q, k=wide_k, kernel=_wide_kernel(call), scale=scale), touched
+
+
+def _wide_kernel(call: AttentionCall) -> Callable[..., Tensor]:
+    """The call's kernel for q and k with extra channels: v padded to their width, the softmax scale as it was."""
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, **mask: Any) -> Tensor:
-        q = q if factor == 1.0 else q * factor
-        return call.kernel(q, k, F.pad(v, (0, width - v.shape[-1])), **mask)[..., : v.shape[-1]]
+        if call.scale is None:  # the kernel derives its scale from the width that it sees
+            q = q * (q.shape[-1] / call.q.shape[-1]) ** 0.5
+        return call.kernel(q, k, F.pad(v, (0, q.shape[-1] - v.shape[-1])), **mask)[..., : v.shape[-1]]
 
-    steered = replace(call, q=wide_q, k=wide_k, kernel=kernel, scale=scale)
-    return steered, touched
+    return kernel
 
 
-# ---- phase 2: single rows ----------------------------------------------------------------------------------------------
+# ---- phase 2: single rows --------------------------------------------------------------------------------------------
 def bias_last_row(call: AttentionCall, output: Tensor, edit: KeyBias) -> Tensor:
     """``logits += bias`` for the last query alone: one row recomputed from its ``(B, H, 1, Nk)`` logits.
 
-    The last query of a causal call sees every key, so the causal flag plays no part. Cost O(B H Nk D); the other rows are
-    copied.
+    The last query of a causal call sees every key, so the causal flag plays no part. Cost O(B H Nk D); the other rows
+    are copied.
     """
     bias = expand_rows(edit.bias, call.q.shape[0]).to(device=output.device)[:, :, None]  # (R, H or 1, 1, Nk)
-    row = row_attention(call.q[:, :, -1:], call.k, call.v, call.softmax_scale, call.mask_rows(slice(-1, None)), bias)
+    mask = call.mask_rows(slice(call.q.shape[2] - 1, call.q.shape[2]))
+    row = row_attention(call.q[:, :, -1:], call.k, call.v, call.softmax_scale, mask, bias)
     row = torch.where((bias != 0).any(dim=-1, keepdim=True), row.to(output.dtype), output[:, :, -1:])
     return torch.cat([output[:, :, :-1], row], dim=2)
 
 
-# ---- phase 3: outputs --------------------------------------------------------------------------------------------------
-def _weight(weight: Tensor, output: Tensor) -> Tensor:
-    """``(R, H)`` -> ``(1 or B, H, 1, 1)`` in the precision of the arithmetic."""
-    expanded = expand_rows(weight, output.shape[0])
-    return expanded.to(device=output.device, dtype=compute_dtype(output))[:, :, None, None]
-
-
+# ---- phase 3: outputs ------------------------------------------------------------------------------------------------
 def mix(call: AttentionCall, output: Tensor, edit: Mix) -> Tensor:
-    """``lerp(output, target, weight)`` on the chosen query rows; see ``targets``. One pass over the output besides the
-    target's own cost. A non-linear path starts from the plain map of the call, not from what earlier edits made of it."""
+    """``lerp(output, target, weight)`` on the chosen query rows: one pass over the output beside the target's own cost.
+
+    A non-linear path starts from the plain map of the call, not from what earlier mixes made of its output.
+    """
     rows = targets.query_rows(call, edit.tokens)
-    weight = _weight(edit.weight, output)
-    plain = output[:, :, rows]
+    if rows.start == rows.stop:
+        return output
+    weight, plain = _weight(edit.weight, output), output[:, :, rows]
     if edit.path == "linear":
         target = targets.target_output(call, edit.target, rows)
         mixed = torch.lerp(plain.to(weight.dtype), target.to(weight.dtype), weight)
@@ -175,13 +187,12 @@ def scale(call: AttentionCall, output: Tensor, edit: Scale) -> Tensor:
     return torch.where(weight == 0, torch.zeros_like(output), (output * weight).to(output.dtype))
 
 
-INPUTS: dict[type, Callable[..., tuple[AttentionCall, Touched]]] = {KeyBias: bias_keys}
+def _weight(weight: Tensor, output: Tensor) -> Tensor:
+    """``(R, H)`` -> ``(1 or B, H, 1, 1)`` in the precision of the arithmetic."""
+    expanded = expand_rows(weight, output.shape[0])
+    return expanded.to(device=output.device, dtype=compute_dtype(output))[:, :, None, None]
+
+
+INPUTS: dict[type, Callable[..., tuple[AttentionCall, Tensor]]] = {KeyBias: bias_keys}
 ROWS: dict[type, Callable[..., Tensor]] = {KeyBias: bias_last_row}
 OUTPUTS: dict[type, Callable[..., Tensor]] = {Mix: mix, Scale: scale}
-
-
-def _phase(edit: Edit) -> dict[type, Any]:
-    """The table that lowers an edit."""
-    if isinstance(edit, KeyBias):
-        return INPUTS if edit.queries == "all" else ROWS
-    return OUTPUTS

@@ -94,7 +94,7 @@ class AttentionCall:
 
     def mask_rows(self, rows: slice) -> Tensor | None:
         """The mask for a subset of the query rows; masks that hold for all queries are returned as they are."""
-        if self.mask is None or self.mask.dim() < 3 or self.mask.shape[-2] == 1:
+        if self.mask is None or self.mask.dim() < 2 or self.mask.shape[-2] == 1:
             return self.mask
         return self.mask[..., rows, :]
 

@@ -6,9 +6,9 @@ Every backend is a module with two functions of one signature:
 * ``attend(q, k, v, *, mask=None, scale=None, is_causal=False) -> (output, lse)``.
 
 Shapes: q ``(B, H, Nq, D)``; k ``(B, Hkv, Nk, D)`` and v ``(B, Hkv, Nk, Dv)`` un-repeated (query head h reads key head
-``h // (H / Hkv)``); mask bool (True = keep) or additive float, broadcastable to ``(B, H, Nq, Nk)``; a causal flag means
-that query i sees the keys up to ``i + Nk - Nq``. The output is ``(B, H, Nq, Dv)`` in the dtype of q; lse is ``(B, H, Nq)``,
-natural log, float32 (float64 for float64 input). A row without a visible key has output 0 and lse -inf.
+``h // (H / Hkv)``); mask bool (True = keep) or additive float, broadcastable to ``(B, H, Nq, Nk)``; a causal flag
+means that query i sees the keys up to ``i + Nk - Nq``. The output is ``(B, H, Nq, Dv)`` in the dtype of q; lse is
+``(B, H, Nq)``, natural log, float32 (float64 for float64 input). A row without a visible key has output 0 and lse -inf.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _with_gradient(
     """Give the log-sum-exp its gradient where one is asked for and the backend has none.
 
     ``dL_i/dq_i = scale * sum_j p_ij k_j`` and ``dL_i/dk_j = scale * p_ij q_i``: both are gradients of
-    ``scale * q_i . m_i`` with ``m = attention(q, k, values=k)``, holding the weights fixed. One more fused call, no map.
+    ``scale * q_i . m_i`` with ``m = attention(q, k, values=k)`` and its weights held fixed. One more fused call.
     """
     if not torch.is_grad_enabled() or lse.requires_grad or not (q.requires_grad or k.requires_grad):
         return lse

@@ -1,20 +1,22 @@
 """FlexAttention: masks and biases as functions of indices, and block-sparse maps.
 
-Uncompiled, ``flex_attention`` builds the whole map, so this backend counts as able only while the caller is being compiled
-(``torch.compile`` of the model), or where ``attend(..., compiled=True)`` asks for it by name. A block mask must define its
-mask by ``mask_mod`` alone, because the uncompiled form ignores the block lists; ``block_mask`` builds such masks from a
-table of blocks, without ever evaluating the ``Nq x Nk`` grid.
+Uncompiled, ``flex_attention`` builds the whole map, so this backend counts as able only while the caller is being
+compiled (``torch.compile`` of the model); ``attend(..., compiled=True)`` asks for it by name. A block mask must define
+its mask by ``mask_mod`` alone, because the uncompiled form ignores the block lists; ``block_mask`` builds such masks
+from a table of blocks, without ever evaluating the ``Nq x Nk`` grid.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -47,18 +49,32 @@ def attend(
     blocks: BlockMask | None = None,
     compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp; see the package for the contract. ``blocks``: a mask from ``block_mask``, on top of ``mask``."""
-    score_mod = _score_mod(mask, is_causal, k.shape[2] - q.shape[2])
-    run = _compiled() if compiled else flex_attention
-    gqa = q.shape[1] != k.shape[1]
+    """Output and log-sum-exp; see the package for the contract.
+
+    Args:
+        blocks: a block-sparse mask on top of ``mask``, from ``block_mask``.
+        compiled: run the compiled kernel although the caller is not being compiled.
+    """
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    run: Callable[..., Any] = _compiled() if compiled else flex_attention
     output, aux = run(
-        q, k, v, score_mod=score_mod, block_mask=blocks, scale=scale, enable_gqa=gqa, return_aux=AuxRequest(lse=True)
+        q,
+        k,
+        v,
+        score_mod=_score_mod(mask, is_causal, k.shape[2] - q.shape[2]),
+        block_mask=blocks,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+        return_aux=AuxRequest(lse=True),
     )
     return output, aux.lse
 
 
 @lru_cache(maxsize=1)
 def _compiled() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention)
 
 
@@ -82,23 +98,36 @@ def block_mask(table: Tensor, n_q: int, n_k: int) -> BlockMask:
     """A block-sparse mask from its table.
 
     Args:
-        table: bool ``(B or 1, H or 1, ceil(Nq / 128), ceil(Nk / 128))``: True where a block of keys is visible to a block
-            of queries. Every row must keep at least one block.
+        table: bool ``(B or 1, H or 1, ceil(Nq / 128), ceil(Nk / 128))``: True where a block of queries sees a block of
+            keys. Every row must keep at least one block.
         n_q, n_k: queries and keys.
 
     Returns:
-        A ``BlockMask`` that means the same compiled and uncompiled. Memory: the table and two index tables of its size.
+        A ``BlockMask`` that means the same compiled and uncompiled. Memory: a few tables of the size of ``table``.
     """
+    from torch.nn.attention.flex_attention import BlockMask
+
     whole = n_k // BLOCK  # the last key block is partial where Nk is no multiple of 128: full blocks skip the mask_mod
     places = torch.arange(table.shape[-1], device=table.device)
-    full, partial = table & (places < whole), table & (places >= whole)
+    partial_number, partial_index = _block_list(table & (places >= whole))
+    full_number, full_index = _block_list(table & (places < whole))
 
     def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         row = b if table.shape[0] > 1 else torch.zeros_like(b)
         head = h if table.shape[1] > 1 else torch.zeros_like(h)
         return table[row, head, i // BLOCK, j // BLOCK] & (j < n_k)
 
-    lists = []
-    for part in (partial, full):
-        lists += [part.sum(-1).int(), torch.argsort(part.int(), dim=-1, descending=True, stable=True).int()]
-    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(n_q, n_k))
+    return BlockMask.from_kv_blocks(
+        partial_number,
+        partial_index,
+        full_number,
+        full_index,
+        BLOCK_SIZE=BLOCK,
+        mask_mod=mask_mod,
+        seq_lengths=(n_q, n_k),
+    )
+
+
+def _block_list(table: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of kept key blocks of every query block, and their indices (kept ones first)."""
+    return table.sum(-1).int(), torch.argsort(table.int(), dim=-1, descending=True, stable=True).int()

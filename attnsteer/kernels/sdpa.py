@@ -2,11 +2,11 @@
 
 ``F.scaled_dot_product_attention`` drops the log-sum-exp, the operators beneath it do not:
 
-* CPU: ``_scaled_dot_product_flash_attention_for_cpu``: float16 to float64, grouped-query, additive masks, causal flag. It reads
-  wrong memory where the last axis is strided, dies on empty tensors and calls the log-sum-exp of a row without keys 0;
-  all three are mended here.
-* CUDA: the flash operator for half precision without a mask, the memory-efficient one for masks and float32. Neither knows
-  float64.
+* CPU: ``_scaled_dot_product_flash_attention_for_cpu``: float16 to float64, grouped-query, additive masks, causal flag.
+  It reads wrong memory where the last axis is strided, dies on empty tensors and says 0 for the log-sum-exp of a row
+  without keys; the first and the last are mended here, empty tensors are refused.
+* CUDA: the flash operator for half precision without a mask, the memory-efficient one for masks and float32. Neither
+  knows float64.
 
 A bool mask becomes a float of the *mask's own* shape (never expanded over heads).
 """

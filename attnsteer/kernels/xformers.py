@@ -28,7 +28,7 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None, is_causal: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Output ``(B, H, Nq, Dv)`` and log-sum-exp ``(B, H, Nq)``; see the package for the contract."""
-    from xformers.ops import fmha  # type: ignore[import-not-found]
+    from xformers.ops import fmha
 
     bias = fmha.attn_bias.LowerTriangularFromBottomRightMask() if is_causal else None
     groups, per_group = k.shape[1], q.shape[1] // k.shape[1]
