@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .pipelines import install as _install
 
 if TYPE_CHECKING:
     from .attach import Steering, attach, detach, sites, steer
@@ -98,3 +99,4 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+_install()
