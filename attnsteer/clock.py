@@ -17,6 +17,22 @@ StepHook = Callable[[Tensor], Tensor]
 """Gets the model output that arrives at ``scheduler.step`` and returns the one that the scheduler shall see."""
 
 
+class _Method:
+    """A wrapped method of one scheduler. Pipelines read its signature; a deep copy of the scheduler gets the plain one."""
+
+    def __init__(self, scheduler: Any, method: Callable[..., Any], around: Callable[..., Any]):
+        functools.update_wrapper(self, method)
+        self._scheduler = scheduler
+        self._around = around
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._around(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self._scheduler), self._scheduler)
+        return getattr(type(copied), self.__name__).__get__(copied)
+
+
 class Clock:
     """Position in the schedule of one scheduler.
 
@@ -82,14 +98,12 @@ class Clock:
         scheduler = self.scheduler
         set_timesteps, step = scheduler.set_timesteps, scheduler.step
 
-        @functools.wraps(set_timesteps)
         def start(*args: Any, **kwargs: Any) -> Any:
             result = set_timesteps(*args, **kwargs)
             self.sync()
             self._on_start()
             return result
 
-        @functools.wraps(step)
         def advance(*args: Any, **kwargs: Any) -> Any:
             if "model_output" in kwargs:
                 kwargs["model_output"] = self._on_step(kwargs["model_output"])
@@ -100,7 +114,8 @@ class Clock:
             finally:
                 self.index += 1
 
-        scheduler.set_timesteps, scheduler.step = start, advance
+        scheduler.set_timesteps = _Method(scheduler, set_timesteps, start)
+        scheduler.step = _Method(scheduler, step, advance)
 
     def detach(self) -> None:
         """Give the scheduler its own methods back."""
