@@ -69,7 +69,7 @@ class DiffusionSession:
         self._intercepted: list[tuple[torch.nn.Module, Callable[[], None]]] = []
         self._forward: _Forward | None = None
         self._prepared: dict[Any, dict[Site, Binding]] = {}
-        self._guides = any(plan.guides for row in rows for plan in row)
+        self._constants: dict[Any, Tensor] = {}
         self._names = [site.name for site in wanted_sites(rows)]
         self.extra_rows = 0  # rows computed for perturbed lanes so far
         self.unforked: dict[str, int] = {}  # why whole forwards were needed, and how often
@@ -89,6 +89,7 @@ class DiffusionSession:
         self._clear(self._modules())
         self._forward = None
         self._prepared.clear()
+        self._constants.clear()
 
     def _modules(self) -> list[torch.nn.Module]:
         return [unwrap(m).get_submodule(name) for m, _ in self._intercepted for name in self._names] or [
@@ -208,27 +209,28 @@ class DiffusionSession:
         parts = self._cfg or (family.cfg if family else ("uncond", "cond"))
         first = cfg_lanes(batch, samples, parts)["cond"].rows.start
         device = model_output.device
-        rows = torch.tensor([r for r, _ in lanes], device=device)
-        scales = [plan.processor.guidance(self._clock.timestep) for _, plan in lanes]
-        perturbed = _prediction(self._perturbed(forward, rows + first, lanes, batch, samples))
-        cond = _prediction(forward.output).index_select(0, rows + first)
+        rows = self._constant(tuple(r for r, _ in lanes), device)
+        cond_rows = self._constant(tuple(r + first for r, _ in lanes), device)
+        scales = tuple(plan.processor.guidance(self._clock.timestep) for _, plan in lanes)
+        perturbed = _prediction(self._perturbed(forward, cond_rows, lanes, first, batch, samples))
+        cond = _prediction(forward.output).index_select(0, cond_rows)
         channels = model_output.shape[1]  # some models predict a variance beside the mean
         delta = cond[:, :channels].float() - perturbed[:, :channels].float()
-        weight = torch.tensor(scales, device=device).view(-1, *[1] * (delta.dim() - 1))
+        weight = self._constant(scales, device).view(-1, *[1] * (delta.dim() - 1))
         wide = torch.float64 if model_output.dtype == torch.float64 else torch.float32
         guided = model_output.to(wide).index_add(0, rows, (weight * delta).to(wide)).to(model_output.dtype)
         touched = torch.zeros(samples, dtype=torch.bool, device=device).index_fill(0, rows, True)
         return torch.where(touched.view(-1, *[1] * (delta.dim() - 1)), guided, model_output)
 
     def _perturbed(
-        self, forward: _Forward, rows: Tensor, lanes: Sequence[tuple[int, Plan]], batch: int, samples: int
+        self, forward: _Forward, rows: Tensor, lanes: Sequence[tuple[int, Plan]], first: int, batch: int, samples: int
     ) -> Any:
         """One forward of the perturbed rows alone, from the fork on where that is safe."""
         family = denoisers.family_of(forward.model)
         names = family.rows if family else tuple(forward.inputs)
         inputs = {k: take_rows(v, rows, batch) if k in names else v for k, v in forward.inputs.items()}
         for name in family.lists if family else ():
-            inputs[name] = [inputs[name][i] for i in rows.tolist()]
+            inputs[name] = [inputs[name][first + r] for r, _ in lanes]
         plain = self._active(lambda plan: not plan.guides)
         wanted = [(*row_of(plain, r, samples), plan) for r, plan in lanes]
         why = forward.why_whole or (forward.tape.refusal if forward.tape else None)
@@ -238,6 +240,13 @@ class DiffusionSession:
         self.extra_rows += len(lanes)
         with self._steering(forward.model, self._bindings(forward.model, inputs, wanted, reacting=False)), replay:
             return forward.call(**inputs)
+
+    def _constant(self, values: tuple[float, ...], device: torch.device) -> Tensor:
+        """A small tensor that stays on the device: making it anew in each step would wait for the device."""
+        key = (values, device)
+        if key not in self._constants:
+            self._constants[key] = torch.tensor(values, device=device)
+        return self._constants[key]
 
     # ---- bindings ----------------------------------------------------------------------------------------------------
     def _bindings(
