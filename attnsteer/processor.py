@@ -26,14 +26,12 @@ class Processor:
     * ``lanes``: rows beyond the plain ones that the method needs: ``"perturbed"`` (a second prediction of the
       conditional rows with the edits on, for guidance; needs ``guidance``) or ``"image_free"`` (the same prompt without
       its image, in lock-step, before generation);
-    * ``token_agnostic``: True where the edit holds without knowing which token is what (families without a descriptor).
     """
 
     where: Where = Where()
 
     kinds: ClassVar[tuple[Kind, ...]] = ("self", "joint", "cross", "causal")
     lanes: ClassVar[tuple[str, ...]] = ()
-    token_agnostic: ClassVar[bool] = False
 
     def where_for(self, sites: Sequence[Site]) -> Where:
         """The selection on a model; methods whose default depends on the number of layers override it."""
@@ -50,6 +48,11 @@ class Processor:
     def guidance(self, timestep: float) -> float:
         """Scale w of ``w * (cond - perturbed)`` at a scheduler timestep (methods with the ``perturbed`` lane)."""
         return 0.0
+
+    @property
+    def token_agnostic(self) -> bool:
+        """True where the edit holds without knowing which token is what (families without a descriptor)."""
+        return False
 
     @property
     def inert(self) -> bool:

@@ -57,7 +57,7 @@ def attend(
     """
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-    run: Callable[..., Any] = _compiled() if compiled else flex_attention
+    run: Any = _compiled() if compiled else flex_attention
     output, aux = run(
         q,
         k,
