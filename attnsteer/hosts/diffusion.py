@@ -243,7 +243,7 @@ class DiffusionSession:
 
     def _constant(self, values: tuple[float, ...], device: torch.device) -> Tensor:
         """A small tensor that stays on the device: making it anew in each step would wait for the device."""
-        key = (values, device)
+        key = (values, type(values[0]), device)  # 3 == 3.0
         if key not in self._constants:
             self._constants[key] = torch.tensor(values, device=device)
         return self._constants[key]
