@@ -7,8 +7,8 @@ A second prediction of the conditional rows is made with the maps of the chosen 
     O' = V                            in the chosen layers
     eps = eps_cfg + w (eps_cond - eps_perturbed)            w = scale; eps_cfg is eps_cond without CFG
 
-Fused, exactly: the head output is the value tensor. Equals ``SoftPAG(strength=1)``. Cost: the forward pass from the first
-chosen layer on, for one extra row per conditional row.
+Fused, exactly: the head output is the value tensor. Equals ``SoftPAG(strength=1)``. Cost: the forward pass from the
+first chosen layer on, for one extra row per conditional row.
 
 Defaults of the authors: SD 1.5 and SDXL, the self-attention of the mid block, w = 3 beside CFG 4, or w = 5 without CFG.
 Whole layers of joint transformers can come out worse than no guidance: choose layers and heads there.
@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from attnsteer.edits import Edit, Mix
+from attnsteer.edits import Edit, Mix, Tokens
 from attnsteer.processor import Processor, check_choice, check_number
 from attnsteer.site import Kind, Site
 
@@ -45,7 +45,7 @@ class PAG(Processor):
     adaptive_scale: float = 0.0
     variant: Variant = "full"
 
-    kinds: ClassVar[tuple[Kind, ...]] = ("self", "joint")
+    kinds: ClassVar[tuple[Kind, ...]] = ("joint", "self")
     lanes: ClassVar[tuple[str, ...]] = ("perturbed",)
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ class PAG(Processor):
         return self.scale == 0
 
     def plan(self, site: Site, heads: tuple[int, ...]) -> Edit:
-        tokens = "all" if self.variant == "full" else "image"
+        tokens: Tokens = "all" if self.variant == "full" else "image"
         return Mix(OWN_VALUE[self.variant], head_weight(site, heads, 1.0), tokens)
 
     def guidance(self, timestep: float) -> float:

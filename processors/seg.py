@@ -3,8 +3,8 @@
 Paper: "Smoothed Energy Guidance: Guiding Diffusion Models with Reduced Energy Curvature of Attention", Hong, NeurIPS
 2024, arXiv 2408.00760.
 
-A second prediction of the conditional rows is made with the attention logits blurred along the query axis, which is the
-same as blurred queries (the blur G is linear)::
+A second prediction of the conditional rows is made with the attention logits blurred along the query axis, which is
+the same as blurred queries (the blur G is linear)::
 
     logits' = G (Q K^T) = (G Q) K^T
     eps = eps_cfg + w (eps_cond - eps_perturbed)            w = scale; eps_cfg is eps_cond without CFG
@@ -50,7 +50,7 @@ class SEG(Processor):
     scale: float = 3.0
     strength: float = 1.0
 
-    kinds: ClassVar[tuple[Kind, ...]] = ("self", "joint")
+    kinds: ClassVar[tuple[Kind, ...]] = ("joint", "self")
     lanes: ClassVar[tuple[str, ...]] = ("perturbed",)
 
     def __post_init__(self) -> None:

@@ -1,20 +1,21 @@
 """SoftPAG: perturbed-attention guidance on single heads, with a continuous strength.
 
-Paper: "Where and How to Perturb: On the Design of Perturbation Guidance in Diffusion and Flow Models", Ahn, Kang et al.,
-NeurIPS 2025, arXiv 2506.10978 (first versions: "Fine-Grained Perturbation Guidance via Attention Head Selection").
+Paper: "Where and How to Perturb: On the Design of Perturbation Guidance in Diffusion and Flow Models", Ahn, Kang et
+al., NeurIPS 2025, arXiv 2506.10978 (first versions: "Fine-Grained Perturbation Guidance via Attention Head Selection").
 
 A second prediction of the conditional rows is made with the maps of the chosen heads moved toward a target ``A*``::
 
     A' = (1 - u) A + u A*            in the chosen heads, u = strength; the other heads keep A
     eps = eps_cfg + w (eps_cond - eps_perturbed)            w = scale; eps_cfg is eps_cond without CFG
 
-Fused, exactly: ``A' V = (1 - u) O + u O*``, a lerp of the head output toward the target's own output. The identity needs
-no attention (``O* = V``), the others are O(N); only "argmax" computes logits, in chunks. Cost: the forward pass from the
-first chosen layer on, for one extra row per conditional row.
+Fused, exactly: ``A' V = (1 - u) O + u O*``, a lerp of the head output toward the target's own output. The identity
+needs no attention (``O* = V``), "uniform" and "mean_query" are O(N), "argmax" computes logits in chunks, and the joint
+variants cost one or two more fused calls. Besides: the forward pass from the first chosen layer on, for one extra row
+per conditional row.
 
 Joint attention, the paper's code: the identity covers image *and* text rows ("full"). The other variants change image
-rows only: "image_logit" attends to the own key and all text keys (diffusers' SD3 PAG pipelines), "image_only" to the own
-key alone, "image_renorm" moves the image mass to the own key and keeps the text weights. Without text tokens (UNet
+rows only: "image_logit" attends to the own key and all text keys (diffusers' SD3 PAG pipelines), "image_only" to the
+own key alone, "image_renorm" moves the image mass to the own key and keeps the text weights. Without text tokens (UNet
 attn1) all variants are one.
 
 Choosing (paper): search heads at u = 1, then lower u to about 0.5 and take more heads; too many heads or u = 1
@@ -57,12 +58,12 @@ class SoftPAG(Processor):
     """SoftPAG (arXiv 2506.10978).
 
     Args:
-        where: layers, heads and steps. The paper takes all steps and heads found by HeadHunter; of SD3-medium's layers 7
-            to 10 are the best single ones.
+        where: layers, heads and steps. The paper takes all steps and the heads found by HeadHunter; of SD3-medium's
+            layers 7 to 10 are the best single ones.
         strength: u in [0, 1]; 0 leaves the prediction as it is, 1 replaces the map (PAG on single heads). Paper: 0.25
             to 1, 0.5 after a search at 1.
         scale: w >= 0 in units of CFG's ``scale - 1``; adds to CFG.
-        variant: rows and keys of joint attention, see above. With targets other than "identity": "full" or "image_only".
+        variant: rows and keys of joint attention, see above; other targets than "identity" take "full" or "image_only".
         target: "identity" (own value), "uniform" (mean value), "mean_query" (one query for all, as SEG), "argmax".
         region: the tokens whose mean query is taken by "mean_query".
         path: from A to the identity: "linear", or the square-root geometries "chord" and "slerp", or "log_linear".
