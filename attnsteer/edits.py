@@ -17,6 +17,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from .site import expand_rows
+
 Tokens = Literal["all", "image", "text"]
 Path = Literal["linear", "chord", "slerp", "log_linear"]
 
@@ -137,3 +139,23 @@ def stack_rows(rows: Sequence[Sequence[Edit]]) -> tuple[Edit, ...]:
             parts = parts[:1]
         stacked.append(_with_tensor(sample, torch.cat(parts)))
     return tuple(sorted(stacked, key=lambda edit: ORDER.index(type(edit))))
+
+
+def restrict(edit: Edit, mask: Tensor, lanes: int = 1) -> Edit:
+    """The edit where ``mask`` holds, its neutral value elsewhere.
+
+    Args:
+        mask: bool ``(R or 1, H)``, rows and heads. Fewer rows than the edit has stand for contiguous repetition.
+        lanes: how often the rows of the edit repeat as blocks.
+    """
+    tensor = _tensor(edit)
+    neutral = torch.ones_like(tensor) if isinstance(edit, Scale) else torch.zeros_like(tensor)
+    if mask.shape[0] > 1 and tensor.shape[0] > 1:
+        mask = torch.cat([expand_rows(mask, tensor.shape[0] // lanes)] * lanes)
+    return _with_tensor(edit, torch.where(mask[..., None] if tensor.dim() == 3 else mask, tensor, neutral))
+
+
+def tile_rows(edit: Edit, batch: int, lanes: int) -> Edit:
+    """An edit of ``batch`` rows for a batch that holds these rows ``lanes`` times, one block after the other."""
+    tensor = _tensor(edit)
+    return edit if tensor.shape[0] == 1 else _with_tensor(edit, torch.cat([expand_rows(tensor, batch)] * lanes))

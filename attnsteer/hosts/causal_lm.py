@@ -1,0 +1,303 @@
+"""A steered language model between attach and detach: which phase it is in, where its tokens are, what runs before it.
+
+The user's call stays the user's: ``generate`` and ``model(...)`` run with the arguments they were given. Around them
+the session (1) runs the image-free reference pass where a processor needs it, (2) says at every site whether this is
+prefill or decode, and (3) keeps the token spans in step with the cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..binding import ATTRIBUTE, Binding
+from ..edits import Edit, restrict, tile_rows
+from ..errors import NotReachedError, SteeringError
+from ..processor import Processor
+from ..scheduler import Plan, Rows, merge_edits, wanted_sites
+from ..site import AttentionCall, Phase, Site, Spans
+from ..spans import KeySpans
+from . import transformers_seam
+from .base import intercept, unwrap
+from .decoders import refusals, sites
+from .vlm_families import lockstep_inputs, vision_tokens
+from .vlm_inputs import cache_length, execution_device, kept_positions, length, on_device, undisturbed
+
+__all__ = ["LanguageSession", "refusals", "sites"]
+
+Table = dict[Site, tuple[tuple[Edit, ...], tuple[tuple[Processor, dict[str, Any]], ...]]]
+"""For every site the static edits, and the reacting processors with their states."""
+PHASES: tuple[Phase, Phase] = ("prefill", "decode")
+
+
+class _Within(Processor):
+    """A reacting processor limited to its rows and heads; elsewhere its edit is neutral."""
+
+    inner: Processor
+    mask: Tensor  # (R, H) bool
+
+    def __init__(self, inner: Processor, mask: Tensor):
+        self.__dict__.update(inner=inner, mask=mask)  # processors are frozen
+
+    def react(self, call: AttentionCall) -> Edit | None:
+        edit = self.inner.react(call)
+        return None if edit is None else restrict(edit, self.mask, max(1, len(call.lanes)))
+
+
+class _Silent(Processor):
+    """A reacting processor that may look but whose edit is dropped (outside its steps)."""
+
+    inner: Processor
+
+    def __init__(self, inner: Processor):
+        self.__dict__["inner"] = inner
+
+    def react(self, call: AttentionCall) -> Edit | None:
+        self.inner.react(call)
+        return None
+
+
+class LanguageSession:
+    """One attachment to a language model.
+
+    Args:
+        target: the model, or ``torch.compile(model)``.
+        rows: the plans of every row; one entry stands for all rows.
+        processor: the Hugging Face processor or tokenizer, for methods that look words up.
+
+    Raises:
+        SteeringError: every reason why this model cannot be steered.
+    """
+
+    def __init__(self, target: torch.nn.Module, rows: Rows, processor: Any = None):
+        reasons = refusals(target)
+        if reasons:
+            raise SteeringError(reasons)
+        self.target, self.processor = target, processor
+        self.model: Any = unwrap(target)
+        self.rows = rows
+        self.owner: Any = None
+        self._active = tuple(tuple(plan for plan in row if not plan.processor.inert) for row in rows)
+        self._plans = list({id(plan): plan for row in self._active for plan in row}.values())
+        self._image_free = [plan for plan in self._plans if "image_free" in plan.processor.lanes]
+        self._removal = self._one_removal()
+        self._modules = {site: self.model.get_submodule(site.name) for site in wanted_sites(self._active)}
+        self._bindings = {site: Binding(site, phase="prefill") for site in self._modules}
+        there = sites(target)
+        self._tables: dict[Phase, Table] = {phase: self._table(phase, there) for phase in PHASES}
+        needs_spans = any(plan.reacts and not plan.processor.token_agnostic for plan in self._plans)
+        self._spans = KeySpans(vision_tokens(self.model.config).image_mask) if needs_spans else None
+        self._restore: list[Callable[[], None]] = []
+        self._reached = False
+        self._generating = False
+        self._inside = False
+        self._left = 0  # tokens of the running generation's prompt that no forward pass has taken yet
+
+    # ---- life --------------------------------------------------------------------------------------------------------
+    def start(self) -> None:
+        """Arm, bind and intercept."""
+        transformers_seam.arm()
+        self._set_phase("prefill")
+        for site, module in self._modules.items():
+            module.__dict__[ATTRIBUTE] = self._bindings[site]
+        if self._bindings:
+            for module in dict.fromkeys((self.model, self.target)):
+                self._restore.append(intercept(module, self._around))
+            if hasattr(self.model, "generate"):
+                self._restore.append(self._wrap_generate())
+
+    def stop(self) -> None:
+        """Put everything back; harmless where nothing was started, and in the middle of a generation."""
+        for module in self._modules.values():
+            module.__dict__.pop(ATTRIBUTE, None)
+        while self._restore:
+            self._restore.pop()()
+
+    # ---- what to do at each site -------------------------------------------------------------------------------------
+    def _one_removal(self) -> str:
+        asked = sorted({getattr(plan.processor, "removal", "delete") for plan in self._image_free})
+        if len(asked) > 1:
+            raise SteeringError(
+                f"removal={asked[0]!r} and {asked[1]!r} cannot share one image-free pass: attach one kind."
+            )
+        return asked[0] if asked else "delete"
+
+    def _table(self, phase: Phase, there: Sequence[Site]) -> Table:
+        """Static edits and reacting processors of every site, in one phase."""
+        on = {id(p): p.processor.where_for(there).active(0, 1, phase=phase) for p in self._plans}
+        table: Table = {}
+        for site, module in self._modules.items():
+            device = execution_device(module)
+            rows = [[plan for plan in row if on[id(plan)]] for row in self._active]
+            reactors: list[tuple[Processor, dict[str, Any]]] = []
+            for plan in self._plans:
+                if plan.reacts and site in plan.selection:
+                    if on[id(plan)]:
+                        reactors.append((self._limited(plan, site, device), plan.states[site]))
+                    elif phase == "prefill" and plan in self._image_free:
+                        reactors.append((_Silent(plan.processor), plan.states[site]))
+            table[site] = (merge_edits(rows, site, device), tuple(reactors))
+        return table
+
+    def _limited(self, plan: Plan, site: Site, device: torch.device) -> Processor:
+        heads = torch.tensor([head in plan.selection[site] for head in range(site.heads)])
+        rows = torch.tensor([any(other is plan for other in row) for row in self._active])
+        mask = rows[:, None] & heads
+        return plan.processor if bool(mask.all()) else _Within(plan.processor, mask.to(device))
+
+    def _set_phase(self, phase: Phase) -> None:
+        for site, binding in self._bindings.items():
+            binding.edits, binding.reactors = self._tables[phase][site]
+            binding.phase = phase
+
+    # ---- the user's calls --------------------------------------------------------------------------------------------
+    def _wrap_generate(self) -> Callable[[], None]:
+        model = self.model
+        previous, plain = model.__dict__.get("generate"), model.generate
+
+        @functools.wraps(plain)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            if self._generating:  # an assisted generation asks the model itself for candidates
+                return plain(*args, **kwargs)
+            return self._generate(plain, args, kwargs)
+
+        def restore() -> None:
+            if model.__dict__.get("generate") is generate:
+                del model.__dict__["generate"]
+                if previous is not None:
+                    model.__dict__["generate"] = previous
+
+        model.__dict__["generate"] = generate
+        return restore
+
+    def _generate(self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = {**dict(zip(inspect.signature(plain).parameters, args, strict=False)), **kwargs}
+        if given.get("input_ids") is None:
+            given["input_ids"] = given.get("inputs")
+        if given.get("attention_mask") is None:
+            given["attention_mask"] = self._padding_of(given)
+        self._begin(given)
+        self._left, self._generating = length(given) - cache_length(given), True
+        try:
+            return plain(*args, **kwargs)
+        finally:
+            self._generating = False
+            self._set_phase("prefill")
+
+    def _around(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_compiling() or self._inside:
+            return call(*args, **kwargs)  # phase and spans were set from outside
+        given = {**dict(zip(inspect.signature(self.model.forward).parameters, args, strict=False)), **kwargs}
+        if given.get("cache") is not None:
+            raise SteeringError(
+                "Continuous batching cannot be steered: use generate() with an ordinary cache, or detach."
+            )
+        if not self._generating:
+            fresh = cache_length(given) == 0
+            self._set_phase("prefill" if fresh else "decode")
+            if fresh:
+                self._begin(given)
+        if self._spans is not None:
+            self._follow(given, self._spans)
+        self._inside = True
+        try:
+            out = call(*args, **kwargs)
+        finally:
+            self._inside = False
+        self._check_reached()
+        if self._generating and given.get("past_key_values") is not None:
+            self._left -= length(given)
+            if self._left <= 0:
+                self._set_phase("decode")
+        return out
+
+    def _begin(self, given: Mapping[str, Any]) -> None:
+        """A new prompt: forget the last one, and run the reference pass where a processor asks for it."""
+        batch = next((given[n].shape[0] for n in ("input_ids", "inputs_embeds") if isinstance(given.get(n), Tensor)), 1)
+        if batch % len(self.rows):
+            raise SteeringError(
+                f"{len(self.rows)} variants cannot be dealt to {batch} prompts: give one prompt per variant."
+            )
+        for plan in self._plans:
+            for state in plan.states.values():
+                state.clear()
+        self._set_phase("prefill")
+        if self._spans is not None:
+            self._spans.begin(given.get("input_ids"), given.get("attention_mask"))
+        if self._image_free:
+            self.reference_pass(given)
+
+    def _follow(self, given: Mapping[str, Any], spans: KeySpans) -> None:
+        cache, seen, new = given.get("past_key_values"), cache_length(given), length(given)
+        if given.get("input_ids") is None:
+            raise SteeringError(
+                "Image tokens are found by their ids: call the model with input_ids, not inputs_embeds."
+            )
+        total = spans.follow(given["input_ids"], seen)
+        for site, binding in self._bindings.items():
+            keys, offset = (new, 0) if cache is None else cache.get_mask_sizes(new, self._modules[site].layer_idx)
+            binding.spans = spans.window(int(offset), int(keys), total)
+
+    def _padding_of(self, given: Mapping[str, Any]) -> Tensor | None:
+        """As ``generate`` does: pad tokens are padding, unless the model uses the same id to end a text."""
+        config, ids = given.get("generation_config") or self.model.generation_config, given.get("input_ids")
+        pad = given.get("pad_token_id", config.pad_token_id)
+        eos = given.get("eos_token_id", config.eos_token_id)
+        if ids is None or pad is None or pad in (eos if isinstance(eos, (list, tuple)) else [eos]):
+            return None
+        return (ids != pad).to(ids.dtype) if bool((ids == pad).any()) else None
+
+    def _check_reached(self) -> None:
+        """A selected site that no kernel call came from would silently lack its edit."""
+        missed = [] if self._reached else [site.name for site, b in self._bindings.items() if not b.hit]
+        if missed:
+            raise NotReachedError(
+                f"{len(missed)} of {len(self._bindings)} selected sites were not reached, the first is {missed[0]!r}: "
+                "this model computes its attention outside transformers' AttentionInterface. Leave these layers out of "
+                "where=."
+            )
+        self._reached = True
+
+    # ---- the image-free lane -----------------------------------------------------------------------------------------
+    def reference_pass(self, given: Mapping[str, Any]) -> None:
+        """One prefill of ``2 B`` rows, with and without the image, and without a cache.
+
+        Both lanes end at the same position. Processors choose layer by layer, each layer seeing the edits of the layers
+        before it, and keep what they chose in ``call.state`` for the generation that follows. The user's cache, random
+        numbers and inputs are not touched.
+        """
+        model = self.model
+        if not isinstance(given.get("input_ids"), Tensor):
+            raise SteeringError("The image-free pass finds the image by its ids: give input_ids, not inputs_embeds.")
+        names = inspect.signature(model.forward).parameters
+        inputs = {name: on_device(given[name], model.device) for name in given if name in names}
+        both, image, text = lockstep_inputs(inputs, model.config, self._removal)
+        if self._removal == "mask":
+            both.update(kept_positions(model, both))
+        if "logits_to_keep" in names:
+            both["logits_to_keep"] = 1
+        batch = image.shape[0] // 2
+        lanes = {"main": slice(0, batch), "image_free": slice(batch, 2 * batch)}
+        with self._in_lanes(lanes, Spans(image, text)), undisturbed(model), torch.no_grad():
+            # past our own interception, and past a graph of the whole model, which serves the user's shapes
+            torch.nn.Module._call_impl(model, **both, use_cache=False)
+        self._check_reached()
+
+    @contextlib.contextmanager
+    def _in_lanes(self, lanes: dict[str, slice], spans: Spans) -> Iterator[None]:
+        batch = lanes["main"].stop
+        for binding in self._bindings.values():
+            binding.edits = tuple(tile_rows(edit, batch, len(lanes)) for edit in binding.edits)
+            binding.lanes, binding.spans = lanes, spans
+        try:
+            yield
+        finally:
+            for binding in self._bindings.values():
+                binding.lanes, binding.spans = {}, None
+            self._set_phase("prefill")

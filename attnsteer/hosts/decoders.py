@@ -1,0 +1,65 @@
+"""What there is to steer in a language or vision-language model: the self-attention of every text decoder layer.
+
+Vision towers are not listed: their tokens have no causal order and no text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..site import Site
+from .base import unwrap
+
+
+def sites(model: torch.nn.Module) -> list[Site]:
+    """The attention of every text decoder layer, in execution order; empty where there is no text decoder."""
+    found: list[Site] = []
+    for name, module in _attentions(unwrap(model)):
+        heads, kv_heads, head_dim = _shape(module)
+        found.append(Site(name, "causal", int(module.layer_idx), len(found), heads, kv_heads, head_dim))
+    return found
+
+
+def refusals(model: torch.nn.Module) -> list[str]:
+    """Why a model cannot be steered; empty where it can."""
+    model = unwrap(model)
+    name, reasons = type(model).__name__, []
+    config: Any = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        reasons.append(f"{name} is an encoder-decoder: attnsteer steers decoder-only language models.")
+    elif not sites(model):
+        reasons.append(f"{name} has no text decoder whose attention goes through transformers' AttentionInterface.")
+    if getattr(model, "_tp_size", None) not in (None, 1):
+        reasons.append(
+            f"{name} is split over devices by heads (tensor parallel), so head numbers mean nothing: load it without "
+            "tp_plan."
+        )
+    if str(getattr(config, "_attn_implementation", "")).startswith("paged|"):
+        reasons.append(
+            "A paged attention implementation is selected: call model.set_attn_implementation('sdpa') first."
+        )
+    return reasons
+
+
+def _attentions(model: Any) -> Iterator[tuple[str, Any]]:
+    """Modules below the text decoder that look like attention of the library: they know their layer and whether they
+    are causal (linear attention and remote code do not say the latter)."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    inside = {id(module) for module in decoder.modules()} if isinstance(decoder, torch.nn.Module) else set()
+    for name, module in model.named_modules():
+        is_layer = isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "is_causal")
+        if id(module) in inside and is_layer and hasattr(module, "config"):
+            yield name, module
+
+
+def _shape(module: Any) -> tuple[int, int, int]:
+    """Heads, key/value heads and width of a head, from the module itself: layers of one model may differ."""
+    config = module.config
+    head_dim = getattr(module, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    projected = getattr(getattr(module, "q_proj", None), "out_features", None)
+    heads = projected // head_dim if projected else getattr(module, "num_heads", None) or config.num_attention_heads
+    groups = getattr(module, "num_key_value_groups", None) or 1
+    return int(heads), int(heads // groups), int(head_dim)

@@ -1,0 +1,161 @@
+"""Where things are in a token sequence: the image, the text, the words that the user names.
+
+``KeySpans`` follows the key sequence of a language model through prefill, decode and every kind of cache.
+``find_words`` finds words in token ids from the tokens' own bytes, for any tokenizer, without the original text.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import SteeringError
+from .site import Spans
+
+
+class KeySpans:
+    """The image and the text tokens among the keys of each attention call of a language model.
+
+    Keys do not simply grow: a static cache has empty slots at the end, and a layer with a sliding window loses its
+    oldest keys in decode. The cache knows (``get_mask_sizes``), so it is asked before each forward pass.
+
+    Args:
+        image_mask: ``ids -> bool`` of the same shape, True at image tokens.
+    """
+
+    def __init__(self, image_mask: Callable[[Tensor], Tensor]):
+        self._image_mask = image_mask
+        self._image: Tensor | None = None  # (B, tokens so far)
+        self._real: Tensor | None = None  # the same without padding
+        self._made: dict[tuple[int, int, int], Spans] = {}
+
+    def begin(self, ids: Tensor | None, mask: Tensor | None) -> None:
+        """A new prompt ``(B, N)`` with its padding mask.
+
+        Raises:
+            SteeringError: where there are no ids to look at.
+        """
+        if ids is None:
+            raise SteeringError(
+                "Image tokens are found by their ids: call the model with input_ids, not inputs_embeds."
+            )
+        self._image = self._image_mask(ids)
+        self._real = torch.ones_like(self._image)
+        if mask is not None and mask.shape == ids.shape:
+            self._real = mask.bool()
+
+    def follow(self, ids: Tensor, seen: int) -> int:
+        """Take the tokens of the next forward pass along, of which the cache holds ``seen`` before; gives the total."""
+        assert self._image is not None and self._real is not None
+        total = seen + ids.shape[1]
+        if ids.shape[0] != self._image.shape[0]:  # beams repeat each prompt
+            times = ids.shape[0] // self._image.shape[0]
+            self._image = self._image.repeat_interleave(times, dim=0)
+            self._real = self._real.repeat_interleave(times, dim=0)
+        fresh = total - self._image.shape[1]
+        if fresh > 0:
+            self._image = torch.cat([self._image, self._image_mask(ids[:, -fresh:])], dim=1)
+            self._real = torch.cat([self._real, torch.ones_like(ids[:, -fresh:], dtype=torch.bool)], dim=1)
+        self._made = {}
+        return total
+
+    def window(self, offset: int, length: int, total: int) -> Spans:
+        """The spans of ``length`` keys from position ``offset`` on, where ``total`` tokens exist after this pass."""
+        assert self._image is not None and self._real is not None
+        key = (offset, length, total)
+        if key not in self._made:
+            stop = min(offset + length, total)
+            pad = (0, offset + length - stop)
+            image = torch.nn.functional.pad(self._image[:, offset:stop], pad)
+            real = torch.nn.functional.pad(self._real[:, offset:stop], pad)
+            self._made[key] = Spans(image, real & ~image)
+        return self._made[key]
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+def find_words(tokenizer: Any, ids: Tensor, words: str | Sequence[str]) -> Tensor:
+    """The tokens that spell one of the words (or phrases) anywhere in the sequence.
+
+    Args:
+        tokenizer: anything with ``convert_ids_to_tokens``: CLIP, T5, Llama, Qwen, Gemma, ...; a processor with a
+            ``tokenizer`` inside will do.
+        ids: ``(N,)`` or ``(B, N)``.
+        words: matched as whole words, upper or lower case; a word may be split into several tokens.
+
+    Returns:
+        Bool of the shape of ``ids``. All False where no word occurs: the caller knows whether that is an error.
+    """
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    wanted = [words] if isinstance(words, str) else list(words)
+    if not wanted or not all(word.strip() for word in wanted):
+        raise SteeringError(f"words={words!r} names no word: give a word, a phrase or a list of them.")
+    rows = ids.reshape(-1, ids.shape[-1]) if ids.dim() else ids.reshape(1, 1)
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    found = [_spelled(token_bytes(tokenizer, row, special), wanted) for row in rows.tolist()]
+    return torch.tensor(found, dtype=torch.bool, device=ids.device).reshape(ids.shape)
+
+
+def _spelled(pieces: Sequence[bytes], words: Iterable[str]) -> list[bool]:
+    text = b"".join(pieces)
+    starts = [0]
+    for piece in pieces:
+        starts.append(starts[-1] + len(piece))
+    hit = [False] * len(pieces)
+    for word in words:
+        body = rb"\s*".join(re.escape(part.encode()) for part in word.split())
+        before, after = (rb"(?<![0-9A-Za-z])", rb"(?![0-9A-Za-z])")  # a CJK neighbour does not continue a word
+        for match in re.finditer(before + body + after, text, re.IGNORECASE):
+            for i in range(len(pieces)):
+                if len(pieces[i]) and starts[i] < match.end() and starts[i + 1] > match.start():
+                    hit[i] = hit[i] or bool(
+                        text[max(starts[i], match.start()) : min(starts[i + 1], match.end())].strip()
+                    )
+    return hit
+
+
+def token_bytes(tokenizer: Any, ids: Sequence[int], special: Iterable[int] = ()) -> list[bytes]:
+    """The UTF-8 bytes that each token adds to the text; a space stands where a special token is.
+
+    Four spellings of subwords are in use: byte-level (``Ġdog``, each character stands for one byte), SentencePiece
+    (``▁dog``, ``<0x0A>``), CLIP (``dog</w>``) and WordPiece (``##s``).
+    """
+    tokens = tokenizer.convert_ids_to_tokens(list(ids))
+    skip = set(special)
+    vocabulary = _spelling(tokenizer)
+    return [b" " if i in skip or t is None else _bytes(t, vocabulary) for i, t in zip(ids, tokens, strict=True)]
+
+
+def _spelling(tokenizer: Any) -> str:
+    vocab: Mapping[str, int] = tokenizer.get_vocab()
+    if any(token.endswith("</w>") for token in vocab):
+        return "clip"
+    if any(token.startswith("Ġ") for token in vocab):
+        return "byte-level"
+    return "wordpiece" if any(token.startswith("##") for token in vocab) else "sentencepiece"
+
+
+def _bytes(token: str, spelling: str) -> bytes:
+    if spelling == "wordpiece":
+        return token[2:].encode() if token.startswith("##") else b" " + token.encode()
+    if spelling == "sentencepiece":
+        if re.fullmatch("<0x[0-9A-F]{2}>", token):
+            return bytes([int(token[3:5], 16)])
+        return token.replace("▁", " ").encode()
+    end = b" " if spelling == "clip" and token.endswith("</w>") else b""
+    body = token.removesuffix("</w>") if end else token
+    table = _byte_of()
+    return b"".join(bytes([table[c]]) if c in table else c.encode() for c in body) + end
+
+
+@functools.cache
+def _byte_of() -> dict[str, int]:
+    """The alphabet of byte-level BPE: printable Latin-1 stands for itself, the other bytes for 256, 257, ... in
+    order."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [b for b in range(256) if b not in printable]
+    return {**{chr(b): b for b in printable}, **{chr(256 + n): b for n, b in enumerate(hidden)}}
