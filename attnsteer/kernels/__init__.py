@@ -14,6 +14,7 @@ means that query i sees the keys up to ``i + Nk - Nq``. The output is ``(B, H, N
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -25,28 +26,38 @@ BACKENDS = (sdpa, xformers, flex)
 """In order of preference. ``reference`` is no backend: it builds the map."""
 
 
-def attend_with_lse(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None, is_causal: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Attention and its log-sum-exp by the first backend that can.
-
-    Gradients flow through both results (through the log-sum-exp for q and k; not for a mask).
+def choose(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> ModuleType:
+    """The first backend that can take these tensors.
 
     Raises:
-        SteeringError: no backend can; one reason per backend and obstacle.
+        SteeringError: none can; one reason per backend and obstacle.
     """
     obstacles = []
     for backend in BACKENDS:
         found = backend.reasons(q, k, v, mask, is_causal)
         if not found:
-            output, lse = backend.attend(q, k, v, mask=mask, scale=scale, is_causal=is_causal)
-            return output, _with_gradient(backend, q, k, lse, mask, scale, is_causal)
+            return backend
         obstacles += [f"{backend.__name__.rpartition('.')[2]}: {reason}" for reason in found]
     raise SteeringError(obstacles)
 
 
+def attend_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None, is_causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Attention and its log-sum-exp by the first backend that can.
+
+    Gradients flow through both results (through the log-sum-exp to q and k; not to a mask).
+
+    Raises:
+        SteeringError: no backend can.
+    """
+    backend = choose(q, k, v, mask, is_causal)
+    output, lse = backend.attend(q, k, v, mask=mask, scale=scale, is_causal=is_causal)
+    return output, _with_gradient(backend, q, k, lse, mask, scale, is_causal)
+
+
 def _with_gradient(
-    backend: object, q: Tensor, k: Tensor, lse: Tensor, mask: Tensor | None, scale: float | None, is_causal: bool
+    backend: ModuleType, q: Tensor, k: Tensor, lse: Tensor, mask: Tensor | None, scale: float | None, is_causal: bool
 ) -> Tensor:
     """Give the log-sum-exp its gradient where one is asked for and the backend has none.
 
@@ -56,7 +67,7 @@ def _with_gradient(
     if not torch.is_grad_enabled() or lse.requires_grad or not (q.requires_grad or k.requires_grad):
         return lse
     fixed_q, fixed_k = q.detach(), k.detach()
-    mean_key = backend.attend(fixed_q, fixed_k, k, mask=mask, scale=scale, is_causal=is_causal)[0]  # type: ignore[attr-defined]
+    mean_key = backend.attend(fixed_q, fixed_k, k, mask=mask, scale=scale, is_causal=is_causal)[0]
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     fixed_mean = mean_key.detach()
     change = (q - fixed_q) * fixed_mean + fixed_q * (mean_key - fixed_mean)  # zero, with the wanted gradient
