@@ -1,8 +1,8 @@
 """``Clock``: where in the schedule the sampler is, for any scheduler of diffusers.
 
 Schedulers disagree about what they tell (``step_index`` is None, late or absent), and a step may take several model
-calls. What all pipelines share is that they call ``scheduler.set_timesteps`` once and ``scheduler.step`` once per entry of
-``scheduler.timesteps``. The clock wraps these two on the instance and counts.
+calls. What all pipelines share is that they call ``scheduler.set_timesteps`` once and ``scheduler.step`` once per entry
+of ``scheduler.timesteps``. The clock wraps these two on the instance and counts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ StepHook = Callable[[Tensor], Tensor]
 
 
 class _Method:
-    """A wrapped method of one scheduler. Pipelines read its signature; a deep copy of the scheduler gets the plain one."""
+    """A wrapped method of a scheduler. Pipelines read its signature; a deep copy of it gets a plain one."""
 
     def __init__(self, scheduler: Any, method: Callable[..., Any], around: Callable[..., Any]):
         functools.update_wrapper(self, method)
@@ -47,10 +47,11 @@ class Clock:
         self.index = 0
         self.timesteps: list[float] = []
         self._started = False
+        self._attached = True
         self._on_start = on_start
         self._on_step = on_step
         self._saved: dict[str, Any] = {name: vars(scheduler).get(name) for name in ("set_timesteps", "step")}
-        self._wrap()
+        self._ours = self._wrap()
 
     @property
     def total(self) -> int:
@@ -78,8 +79,13 @@ class Clock:
         return ((1 - alpha) / alpha) ** 0.5
 
     def enter(self, timestep: Any) -> None:
-        """Called before a model call. The first of a run may start inside the schedule (image-to-image)."""
-        if self._started or not self.running:
+        """Called before a model call. The first of a run may start inside the schedule (image-to-image).
+
+        A loop may have set its timesteps before we came, and may go through them again without setting them anew.
+        """
+        if not self.running or self.index >= self.total:
+            self.sync()
+        if self._started:
             return
         self._started = True
         begin = getattr(self.scheduler, "begin_index", None)
@@ -94,17 +100,20 @@ class Clock:
         self.index = 0
         self._started = False
 
-    def _wrap(self) -> None:
+    def _wrap(self) -> dict[str, Any]:
         scheduler = self.scheduler
         set_timesteps, step = scheduler.set_timesteps, scheduler.step
 
         def start(*args: Any, **kwargs: Any) -> Any:
             result = set_timesteps(*args, **kwargs)
-            self.sync()
-            self._on_start()
+            if self._attached:
+                self.sync()
+                self._on_start()
             return result
 
         def advance(*args: Any, **kwargs: Any) -> Any:
+            if not self._attached:  # somebody else's wrapper still calls us
+                return step(*args, **kwargs)
             if "model_output" in kwargs:
                 kwargs["model_output"] = self._on_step(kwargs["model_output"])
             else:
@@ -114,13 +123,20 @@ class Clock:
             finally:
                 self.index += 1
 
-        scheduler.set_timesteps = _Method(scheduler, set_timesteps, start)
-        scheduler.step = _Method(scheduler, step, advance)
+        ours = {
+            "set_timesteps": _Method(scheduler, set_timesteps, start),
+            "step": _Method(scheduler, step, advance),
+        }
+        vars(scheduler).update(ours)
+        return ours
 
     def detach(self) -> None:
-        """Give the scheduler its own methods back."""
+        """Give the scheduler its own methods back; what somebody else wrapped around ours stays and passes through."""
+        self._attached = False
         for name, saved in self._saved.items():
+            if vars(self.scheduler).get(name) is not self._ours[name]:
+                continue
             if saved is None:
-                vars(self.scheduler).pop(name, None)
+                vars(self.scheduler).pop(name)
             else:
                 setattr(self.scheduler, name, saved)

@@ -1,9 +1,9 @@
 """The fork: perturbed rows share everything before their first perturbed site with the conditional rows.
 
-The normal forward runs with a ``Tape`` that notes the outputs of the top-level stages before that site. A second, shorter
-forward of the perturbed rows gets these outputs (its rows of them) instead of computing them. Model code between the stages
-runs again, so nothing needs to know it. Where a recording cannot be trusted, ``Tape.refusal`` says why and the second
-forward computes everything: slower, never wrong.
+The normal forward runs with a ``Tape`` that notes the outputs of the top-level stages before that site. A second,
+shorter forward of the perturbed rows gets these outputs (its rows of them) instead of computing them. Model code
+between the stages runs again, so nothing needs to know it. Where a recording cannot be trusted, ``Tape.refusal`` says
+why and the second forward computes everything: slower, never wrong.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class Tape:
     def replaying(self, rows: torch.Tensor, batch: int) -> Iterator[None]:
         """Give the stages inside the block their noted outputs, of the chosen rows."""
         chosen = [take_rows(output, rows, batch) for output in self._outputs]
-        by_name = dict(zip(self._called, chosen * len(self._called) if self.chain else chosen))
+        outputs = chosen * len(self._called) if self.chain else chosen
+        by_name = dict(zip(self._called, outputs, strict=True))
 
         def give(name: str) -> Callable[..., Any]:
             return lambda call, args, kwargs: by_name[name]
@@ -86,12 +87,16 @@ class Tape:
             for restore in reversed(restores):
                 restore()
 
+    def covers(self, site: str) -> bool:
+        """Whether a site lies in a stage that is replayed rather than run."""
+        return any(site.startswith(f"{name}.") for name, _ in self.stages)
+
     @property
     def refusal(self) -> str | None:
         """Why the recording must not be replayed; None where it may."""
         if self._called != [name for name, _ in self.stages]:
             return "its stages did not run once each in the known order"
-        for output, versions in zip(self._outputs, self._versions):
+        for output, versions in zip(self._outputs, self._versions, strict=True):
             if [t._version for t in _tensors(output) if not t.is_inference()] != versions:
                 return "the model changed the output of a stage in place"
         return None

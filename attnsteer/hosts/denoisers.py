@@ -76,12 +76,14 @@ def _patch_grid(model: Any, inputs: Inputs, site: Site) -> Grid | None:
 
 
 def _video_grid(model: Any, inputs: Inputs, site: Site) -> Grid | None:
-    frames, height, width = (n // p for n, p in zip(inputs["hidden_states"].shape[-3:], model.config.patch_size))
+    frames, height, width = (
+        n // p for n, p in zip(inputs["hidden_states"].shape[-3:], model.config.patch_size, strict=True)
+    )
     return (frames, height, width)
 
 
 def _flux_grid(model: Any, inputs: Inputs, site: Site) -> Grid | None:
-    """Image ids are (0, row, column); reading them waits for the device, so hosts ask only where a method needs a grid."""
+    """Image ids are (0, row, column); reading them waits for the device: asked only where a method needs a grid."""
     rows, columns = (int(n) + 1 for n in inputs["img_ids"][..., 1:].amax(dim=tuple(range(inputs["img_ids"].dim() - 1))))
     return (1, rows, columns) if rows * columns == inputs["hidden_states"].shape[1] else None
 
@@ -110,7 +112,7 @@ UNET = Family(
         "down_block_additional_residuals",
         "mid_block_additional_residual",
         "down_intrablock_additional_residuals",
-    ),  # fmt: skip
+    ),
     grid=_unet_grid,
     chain=False,
     no_fork=(
@@ -132,7 +134,7 @@ SD3 = Family(
         "timestep",
         "block_controlnet_hidden_states",
         "joint_attention_kwargs",
-    ),  # fmt: skip
+    ),
     grid=_patch_grid,
     order=("image", "text"),
     no_fork=("block_controlnet_hidden_states", "skip_layers"),
@@ -152,7 +154,7 @@ FLUX = Family(
         "joint_attention_kwargs",
         "controlnet_block_samples",
         "controlnet_single_block_samples",
-    ),  # fmt: skip
+    ),
     grid=_flux_grid,
     order=("text", "image"),
     no_fork=("controlnet_block_samples", "controlnet_single_block_samples"),
@@ -171,7 +173,7 @@ PIXART = Family(
         "cross_attention_kwargs",
         "attention_mask",
         "encoder_attention_mask",
-    ),  # fmt: skip
+    ),
     grid=_patch_grid,
 )
 
@@ -200,7 +202,7 @@ QWEN_IMAGE = Family(
         "attention_kwargs",
         "controlnet_block_samples",
         "additional_t_cond",
-    ),  # fmt: skip
+    ),
     grid=_qwen_grid,
     order=("text", "image"),
     no_fork=("controlnet_block_samples",),
@@ -208,6 +210,21 @@ QWEN_IMAGE = Family(
 )
 
 FAMILIES: tuple[Family, ...] = (UNET, SD3, FLUX, PIXART, WAN, QWEN_IMAGE)
+
+NEGATED = frozenset(
+    (
+        "HiDreamImageTransformer2DModel",
+        "LuminaNextDiT2DModel",
+        "Lumina2Transformer2DModel",
+        "NucleusMoEImageTransformer2DModel",
+    )
+)
+"""Models whose pipelines hand the scheduler the negative of the prediction."""
+
+
+def prediction_sign(model: torch.nn.Module) -> float:
+    """The factor between a denoiser's prediction and what its pipelines give to the scheduler."""
+    return -1.0 if type(unwrap(model)).__name__ in NEGATED else 1.0
 
 
 def family_of(model: torch.nn.Module) -> Family | None:

@@ -2,8 +2,8 @@
 
 ``d = w (cond - perturbed)`` is added to the model output that arrives at ``scheduler.step``. That gives the published
 ``uncond + s (cond - uncond) + d`` whatever the pipeline does before: one batch in either order, sequential passes, no
-classifier-free guidance, rescaled or norm-matched guidance. By then it is also known how many rows the latents have, hence
-which rows of the denoiser's batch were conditional; so the perturbed rows are computed there, in one forward.
+classifier-free guidance, rescaled or norm-matched guidance. By then it is also known how many rows the latents have,
+hence which rows of the denoiser's batch were conditional; so the perturbed rows are computed there, in one forward.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from ..clock import Clock
 from ..errors import NotReachedError, SteeringError
 from ..fork import Tape, stages_before, why_no_fork
 from ..lanes import cfg_lanes
+from ..logits import compute_dtype
 from ..scheduler import Plan, Rows, merge_edits, needs_grid, row_of, wanted_sites
 from ..site import Site
 from . import denoisers
@@ -41,6 +42,14 @@ class _Forward:
     output: Any
     tape: Tape | None
     why_whole: str | None
+
+
+class _Lane(NamedTuple):
+    """One perturbed row: its row of the latents, who perturbs it, and the guidance scale of this step."""
+
+    row: int
+    plan: Plan
+    scale: float
 
 
 class DiffusionSession:
@@ -86,15 +95,9 @@ class DiffusionSession:
         if self._clock:
             self._clock.detach()
             self._clock = None
-        self._clear(self._modules())
         self._forward = None
         self._prepared.clear()
         self._constants.clear()
-
-    def _modules(self) -> list[torch.nn.Module]:
-        return [unwrap(m).get_submodule(name) for m, _ in self._intercepted for name in self._names] or [
-            unwrap(m).get_submodule(name) for m in self._find_models() for name in self._names
-        ]
 
     def _arm(self) -> None:
         """See every call of the denoisers and every kernel call of the selected sites, also after the user compiled the
@@ -122,10 +125,13 @@ class DiffusionSession:
             self._clock.detach()
         self._clock = Clock(scheduler, self._on_start, self._on_step)
         if not fresh:  # the pipeline got another scheduler since attaching, and its run has begun
-            self._clock.sync()
+            self._on_start()
 
     def _on_start(self) -> None:
+        """A run begins: nothing of the last one is kept."""
         self._forward = None
+        self._prepared.clear()
+        self._constants.clear()
         self._arm()
         for row in self.rows:
             for plan in row:
@@ -153,7 +159,8 @@ class DiffusionSession:
     ) -> Any:
         """Run the conditional forward, noting what the perturbed rows can share."""
         family = denoisers.family_of(model)
-        tape, why = None, "the family has no descriptor"
+        tape: Tape | None = None
+        why: str | None = "the family has no descriptor"
         if family is not None:
             every = denoisers.stages(model, family)
             why = why_no_fork(every, inputs, family.no_fork, compiled)
@@ -197,55 +204,72 @@ class DiffusionSession:
                 "pipeline's own denoiser, or attach to the model that runs."
             )
         samples = model_output.shape[0]
-        lanes = [(r, plan) for r in range(samples) for plan in row_of(guiding, r, samples)]
-        return self._guide(forward, model_output, lanes)
-
-    def _guide(self, forward: _Forward, model_output: Tensor, lanes: Sequence[tuple[int, Plan]]) -> Tensor:
-        """``model_output + sum of w (cond - perturbed)`` over the lanes ``(sample row, plan)``; other rows keep their bits."""
         assert self._clock is not None
+        lanes = [
+            _Lane(row, plan, scale)
+            for row in range(samples)
+            for plan in row_of(guiding, row, samples)
+            if (scale := plan.processor.guidance(self._clock.timestep)) != 0
+        ]
+        return self._guide(forward, model_output, lanes) if lanes else model_output
+
+    def _guide(self, forward: _Forward, model_output: Tensor, lanes: Sequence[_Lane]) -> Tensor:
+        """``model_output + sum of w (cond - perturbed)`` over the lanes; rows without a lane keep their bits."""
         family = denoisers.family_of(forward.model)
         batch = denoisers.sample_of(family, forward.inputs).shape[0]
-        samples = model_output.shape[0]
+        samples, channels = model_output.shape[:2]
         parts = self._cfg or (family.cfg if family else ("uncond", "cond"))
         first = cfg_lanes(batch, samples, parts)["cond"].rows.start
-        device = model_output.device
-        rows = self._constant(tuple(r for r, _ in lanes), device)
-        cond_rows = self._constant(tuple(r + first for r, _ in lanes), device)
-        scales = tuple(plan.processor.guidance(self._clock.timestep) for _, plan in lanes)
+        device, wide = model_output.device, compute_dtype(model_output)
+        rows = self._constant(tuple(lane.row for lane in lanes), torch.long, device)
+        cond_rows = self._constant(tuple(lane.row + first for lane in lanes), torch.long, device)
         perturbed = _prediction(self._perturbed(forward, cond_rows, lanes, first, batch, samples))
         cond = _prediction(forward.output).index_select(0, cond_rows)
-        channels = model_output.shape[1]  # some models predict a variance beside the mean
-        delta = cond[:, :channels].float() - perturbed[:, :channels].float()
-        weight = self._constant(scales, device).view(-1, *[1] * (delta.dim() - 1))
-        wide = torch.float64 if model_output.dtype == torch.float64 else torch.float32
-        guided = model_output.to(wide).index_add(0, rows, (weight * delta).to(wide)).to(model_output.dtype)
+        # some models predict a variance beside the mean
+        delta = cond[:, :channels].to(wide) - perturbed[:, :channels].to(wide)
+        if delta.shape[1:] != model_output.shape[1:]:
+            raise SteeringError(
+                f"The scheduler gets predictions of shape {tuple(model_output.shape[1:])}, the denoiser makes "
+                f"{tuple(delta.shape[1:])}: guidance is not available for a pipeline that reshapes in between."
+            )
+        sign = denoisers.prediction_sign(forward.model)
+        weight = self._constant(tuple(sign * lane.scale for lane in lanes), wide, device)
+        spread = (-1, *[1] * (delta.dim() - 1))
+        guided = model_output.to(wide).index_add(0, rows, weight.view(spread) * delta).to(model_output.dtype)
         touched = torch.zeros(samples, dtype=torch.bool, device=device).index_fill(0, rows, True)
-        return torch.where(touched.view(-1, *[1] * (delta.dim() - 1)), guided, model_output)
+        return torch.where(touched.view(spread), guided, model_output)
 
     def _perturbed(
-        self, forward: _Forward, rows: Tensor, lanes: Sequence[tuple[int, Plan]], first: int, batch: int, samples: int
+        self, forward: _Forward, rows: Tensor, lanes: Sequence[_Lane], first: int, batch: int, samples: int
     ) -> Any:
         """One forward of the perturbed rows alone, from the fork on where that is safe."""
         family = denoisers.family_of(forward.model)
         names = family.rows if family else tuple(forward.inputs)
         inputs = {k: take_rows(v, rows, batch) if k in names else v for k, v in forward.inputs.items()}
         for name in family.lists if family else ():
-            inputs[name] = [inputs[name][first + r] for r, _ in lanes]
+            if len(inputs[name]) == batch:
+                inputs[name] = [inputs[name][first + lane.row] for lane in lanes]
         plain = self._active(lambda plan: not plan.guides)
-        wanted = [(*row_of(plain, r, samples), plan) for r, plan in lanes]
+        bindings = self._bindings(
+            forward.model, inputs, [(*row_of(plain, lane.row, samples), lane.plan) for lane in lanes], reacting=False
+        )
         why = forward.why_whole or (forward.tape.refusal if forward.tape else None)
         if why:
             self.unforked[why] = self.unforked.get(why, 0) + 1
-        replay = forward.tape.replaying(rows, batch) if forward.tape and not why else nullcontext()
         self.extra_rows += len(lanes)
-        with self._steering(forward.model, self._bindings(forward.model, inputs, wanted, reacting=False)), replay:
+        if forward.tape is None or why:
+            with self._steering(forward.model, bindings):
+                return forward.call(**inputs)
+        # what was edited before the fork is in the recording
+        behind = {site: binding for site, binding in bindings.items() if not forward.tape.covers(site.name)}
+        with self._steering(forward.model, behind), forward.tape.replaying(rows, batch):
             return forward.call(**inputs)
 
-    def _constant(self, values: tuple[float, ...], device: torch.device) -> Tensor:
+    def _constant(self, values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A small tensor that stays on the device: making it anew in each step would wait for the device."""
-        key = (values, type(values[0]), device)  # 3 == 3.0
+        key = (values, dtype, device)
         if key not in self._constants:
-            self._constants[key] = torch.tensor(values, device=device)
+            self._constants[key] = torch.tensor(values, dtype=dtype, device=device)
         return self._constants[key]
 
     # ---- bindings ----------------------------------------------------------------------------------------------------
@@ -296,7 +320,7 @@ class DiffusionSession:
 def _named(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All inputs of a denoiser call by name."""
     names = list(inspect.signature(type(unwrap(model)).forward).parameters)[1:]
-    return {**dict(zip(names, args)), **kwargs}
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _prediction(output: Any) -> Tensor:

@@ -1,0 +1,1 @@
+"""The diffusion engine on tiny models of every family."""
