@@ -85,6 +85,8 @@ def refusals(call: AttentionCall, edit: Mix) -> list[str]:
         reasons.append(f"path={edit.path!r} is defined for OwnValue() only, not for {target}: use path='linear'.")
     if joint_variant and edit.tokens != "image":
         reasons.append(f"{target} changes image queries only: give Mix(tokens='image').")
+    if joint_variant and call.is_causal:
+        reasons.append(f"{target} has no causal form, and {name!r} is causal: use OwnValue().")
     if joint_variant or blurred or edit.tokens != "all" or (isinstance(target, MeanQuery) and target.tokens != "all"):
         reasons += _layout_reasons(call)
     if blurred and (call.spans is None or call.spans.grid is None):
