@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -76,11 +75,17 @@ class AttentionCall:
     phase: Phase = "denoise"
     lanes: Mapping[str, slice] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
+    _output: Tensor | None = field(default=None, init=False, repr=False)
 
-    @cached_property
+    @property
     def output(self) -> Tensor:
-        """What the model would have got: the user's kernel on the unedited tensors, ``(B, H, Nq, Dv)``."""
-        return self.kernel(self.q, self.k, self.v)
+        """What the model would have got: the user's kernel on the unedited tensors, ``(B, H, Nq, Dv)``. Computed once.
+
+        No ``cached_property``: its lock (Python < 3.12) breaks compiled graphs.
+        """
+        if self._output is None:
+            self._output = self.kernel(self.q, self.k, self.v)
+        return self._output
 
     @property
     def softmax_scale(self) -> float:
