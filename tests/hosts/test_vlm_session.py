@@ -1,0 +1,462 @@
+"""A steered language model in use: phases, spans, rows, caches, beams, sampling, exceptions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import attnsteer
+from attnsteer import AttentionCall, Processor, SteeringError, Where
+from attnsteer.edits import Edit, KeyBias, Scale
+from attnsteer.processors.vhd import VHD
+from attnsteer.processors.vhr import VHR
+from tests.tiny import vlms
+
+GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+EVERYWHERE = Where(layers="all")
+
+
+@dataclass(frozen=True)
+class Look(Processor):
+    see: Callable[[AttentionCall], Any] = print
+    kinds = ("causal",)
+    token_agnostic = False  # so that spans are provided
+
+    def react(self, call: AttentionCall) -> Edit | None:
+        self.see(call)
+        return None
+
+
+@dataclass(frozen=True)
+class ScaleAll(Processor):
+    factor: float = 2.0
+    kinds = ("causal",)
+    token_agnostic = True
+
+    def plan(self, site: Any, heads: tuple[int, ...]) -> Edit | None:
+        weight = torch.ones(1, site.heads)
+        weight[:, list(heads)] = self.factor
+        return Scale(weight)
+
+
+@dataclass(frozen=True)
+class BoostImage(Processor):
+    """The logits of image keys plus ``bias``: needs the spans of every call."""
+
+    bias: float = 1.0
+    kinds = ("causal",)
+
+    def react(self, call: AttentionCall) -> Edit | None:
+        return KeyBias(self.bias * call.spans.image[:, None].float())
+
+
+@contextmanager
+def _scaled(model: Any, factors: dict[str, Tensor]) -> Iterator[None]:
+    """Manual oracle: each head's slice multiplied in front of the output projection; factors ``(B, H)``."""
+    handles = []
+    for name, factor in factors.items():
+
+        def hook(module: Any, args: tuple[Tensor], factor: Tensor = factor) -> tuple[Tensor]:
+            x = args[0]
+            per_row = factor.repeat_interleave(x.shape[0] // factor.shape[0], 0)
+            return (x * per_row.repeat_interleave(x.shape[-1] // factor.shape[1], 1)[:, None],)
+
+        handles.append(model.get_submodule(name).o_proj.register_forward_pre_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _factors(steering: Any, number: int = 0) -> dict[str, Tensor]:
+    states = steering.states(steering.processors[number])
+    return {site.name: state["factor"] for site, state in states.items()}
+
+
+def _state_of(model: Any) -> tuple[Any, ...]:
+    """Everything on a model that steering touches."""
+    marks = [name for name, m in model.named_modules() if {"_steer", "_compiled_call_impl"} & set(m.__dict__)]
+    hooks = [name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
+    return marks, hooks, model.__dict__.get("generate"), model.training
+
+
+# ---- the same tokens as the oracle, however the user generates --------------------------------------------------------
+WAYS: dict[str, dict[str, Any]] = {
+    "beams": {"num_beams": 3},
+    "several sequences": {"do_sample": True, "num_return_sequences": 2},
+    "sampling": {"do_sample": True},
+    "static cache": {"cache_implementation": "static"},
+    "no cache": {"use_cache": False},
+    "chunked prefill": {"prefill_chunk_size": 7},
+    "prompt lookup": {"prompt_lookup_num_tokens": 2},
+    "contrast of prompts": {"guidance_scale": 1.5},
+}
+
+
+# transformers itself cannot split raw pixels into chunks, nor run Qwen-VL with unbatched classifier-free guidance
+UPSTREAM = {("llava", "chunked prefill"), ("gemma3", "chunked prefill"), ("qwen25", "contrast of prompts")}
+
+
+@pytest.mark.parametrize(("name", "way"), [(n, w) for n in ("llava", "qwen25", "gemma3") for w in WAYS if (n, w) not in UPSTREAM])
+def test_every_way_to_generate_equals_the_oracle(name: str, way: str) -> None:
+    model, make = vlms.build(name)
+    inputs = make(1 if way == "prompt lookup" else 2, left_padding=True)
+    options = {**GREEDY, **WAYS[way]}
+
+    def run() -> Tensor:
+        torch.manual_seed(5)
+        return model.generate(**inputs, **options)
+
+    with attnsteer.steer(model, VHR()) as steering:
+        steered = run()
+        factors = _factors(steering)
+    with _scaled(model, factors):
+        assert torch.equal(steered, run())
+
+
+@pytest.mark.parametrize("name", vlms.NAMES)
+def test_random_numbers_and_what_the_family_keeps_are_untouched_by_the_reference_pass(name: str) -> None:
+    model, make = vlms.build(name)
+    inputs = make(1)
+    kept = lambda: [m.__dict__["rope_deltas"] for m in model.modules() if "rope_deltas" in m.__dict__]  # noqa: E731
+    model(**make(2, seed=1))
+    before, random = kept(), torch.get_rng_state()
+    with attnsteer.steer(model, VHD()) as steering:
+        steering.session.reference_pass(inputs)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(a is b for a, b in zip(kept(), before, strict=True))
+    assert inputs.keys() == make(1).keys()
+    assert all(torch.equal(value, make(1)[key]) for key, value in inputs.items())
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", vlms.NAMES)
+def test_left_padded_rows_equal_solo_runs(name: str) -> None:
+    model, make = vlms.build(name)
+    inputs = make(3, left_padding=True)
+    width = inputs["input_ids"].shape[1]
+    with attnsteer.steer(model, VHR()) as steering:
+        together = model.generate(**inputs, **GREEDY)[:, width:]
+        factors = _factors(steering)
+        for row in range(3):
+            alone = vlms.row(inputs, row)
+            assert torch.equal(model.generate(**alone, **GREEDY)[0, alone["input_ids"].shape[1] :], together[row])
+            assert all(torch.equal(f[0], factors[name][row]) for name, f in _factors(steering).items())
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen25", "gemma3"])
+def test_several_strengths_in_one_batch_equal_solo_runs(name: str) -> None:
+    """Rows with alpha 2, nothing, and alpha 3 on other layers, steps and heads."""
+    model, make = vlms.build(name)
+    inputs = make(3, left_padding=True)
+    variants = [[VHR()], [], [VHR(Where(layers=[1, 2], heads=[0, 1, 4], steps="decode"), alpha=3.0)]]
+    with attnsteer.attach(model, variants=variants) as _:
+        logits = model(**inputs).logits
+        together = model.generate(**inputs, **GREEDY)
+    for row, processors in enumerate(variants):
+        alone = vlms.row(inputs, row)
+        width = alone["input_ids"].shape[1]
+        with attnsteer.attach(model, variants=[processors]):
+            torch.testing.assert_close(logits[row, -width:], model(**alone).logits[0], rtol=1e-4, atol=1e-4)
+            assert torch.equal(together[row, -5:], model.generate(**alone, **GREEDY)[0, -5:])
+    plain = model(**inputs).logits
+    assert torch.equal(logits[1], plain[1])
+    assert torch.equal(logits[2], plain[2])  # decode only
+    assert not torch.equal(logits[0], plain[0])
+
+
+def test_variants_are_dealt_to_repeated_prompts() -> None:
+    model, make = vlms.build("llava")
+    inputs = make(4)
+    with attnsteer.attach(model, variants=[[VHR()], []]):
+        logits = model(**inputs).logits
+        beams = model.generate(**inputs, **GREEDY, num_beams=2)
+    plain = model(**inputs).logits
+    changed = [not torch.equal(a, b) for a, b in zip(logits, plain, strict=True)]
+    assert changed == [True, True, False, False]
+    assert torch.equal(beams[2:], model.generate(**inputs, **GREEDY, num_beams=2)[2:])
+    with (
+        attnsteer.attach(model, variants=[[VHR()], []]),
+        pytest.raises(SteeringError, match="2 variants cannot be dealt to 3 prompts"),
+    ):
+        model(**make(3))
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2", "qwen25", "qwen3", "internvl", "gemma3", "paligemma"])
+def test_rows_without_an_image_are_left_alone_in_a_mixed_batch(name: str) -> None:
+    model, make = vlms.build(name)
+    inputs, one = make(2), make(1)
+    inputs["input_ids"][1].masked_fill_(inputs["input_ids"][1] == vlms.IMAGE, 11)
+    for key in inputs:
+        if key not in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
+            inputs[key] = one[key]
+        elif key.endswith("type_ids"):
+            inputs[key][1] = 0
+    plain = model(**inputs).logits
+    with attnsteer.steer(model, VHR()) as steering:
+        logits = model(**inputs).logits
+        factors = _factors(steering)
+    assert torch.equal(logits[1], plain[1])
+    assert not torch.equal(logits[0], plain[0])
+    assert all((factor[1] == 1).all() and (factor[0] == 2).any() for factor in factors.values())
+
+
+def test_right_padded_prompts_are_measured_at_their_own_last_token() -> None:
+    model, make = vlms.build("llava")
+    inputs = make(3, left_padding=True)
+    rolled = dict(inputs)
+    for key in ("input_ids", "attention_mask"):
+        rolled[key] = torch.stack([row.roll(-int((mask == 0).sum())) for row, mask in zip(inputs[key], inputs["attention_mask"], strict=True)])
+    with attnsteer.steer(model, VHR()) as steering:
+        model(**inputs)
+        left = _factors(steering)
+        model(**rolled)
+        right = _factors(steering)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+# ---- phases and spans ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 4}, {"cache_implementation": "static"}], ids=str)
+def test_steps_are_honoured(phase: str, options: dict[str, Any]) -> None:
+    """A text-only prompt, so that the prefill may come in chunks: chunks are prefill, whatever their length."""
+    model, make = vlms.build("llava")
+    ids = make(2)["input_ids"].masked_fill(make(2)["input_ids"] == vlms.IMAGE, 9)
+    lengths: list[tuple[str, int]] = []
+    with attnsteer.steer(model, ScaleAll(Where(steps=phase)), Look(see=lambda c: lengths.append((c.phase, c.q.shape[2])))):
+        steered = model.generate(ids, **GREEDY, **options)
+    whole = {c for p, c in lengths if p == "prefill"}
+    assert whole == ({4, ids.shape[1] % 4 or 4} if "prefill_chunk_size" in options else {ids.shape[1]})
+    assert {c for p, c in lengths if p == "decode"} == {1}
+    factor = torch.full((1, vlms.HEADS), 2.0)
+    sequence, cache = ids, None
+    for step in range(5):  # by hand
+        active = (step == 0) == (phase == "prefill")
+        with _scaled(model, {s.name: factor for s in attnsteer.sites(model)} if active else {}):
+            out = model(input_ids=sequence if cache is None else sequence[:, -1:], past_key_values=cache)
+        cache = out.past_key_values
+        sequence = torch.cat([sequence, out.logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(steered, sequence)
+
+
+def test_phases_of_bare_calls_follow_the_cache() -> None:
+    model, make = vlms.build("llava")
+    inputs, seen = make(1), []
+    with attnsteer.steer(model, Look(see=lambda call: seen.append((call.phase, call.q.shape[2])))):
+        out = model(**inputs)
+        model(input_ids=torch.tensor([[8, 9]]), past_key_values=out.past_key_values)
+        model(**inputs)
+    n = inputs["input_ids"].shape[1]
+    assert list(dict.fromkeys(seen)) == [("prefill", n), ("decode", 2)]
+    assert seen[-1] == ("prefill", n)
+
+
+@pytest.mark.parametrize("name", vlms.NAMES)
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"num_beams": 2}], ids=str)
+def test_spans_follow_the_keys(name: str, options: dict[str, Any]) -> None:
+    """In decode a key is recognised by comparing it with the keys of the prefill, whose tokens are known."""
+    model, make = vlms.build(name)
+    inputs = make(2, left_padding=True)
+    ids = inputs["input_ids"]
+    site_of: dict[str, Tensor] = {}
+    checked = []
+
+    def see(call: AttentionCall) -> None:
+        image, text = call.spans.image, call.spans.text
+        assert image.shape == text.shape == (call.q.shape[0], call.k.shape[2])
+        assert not (image & text).any()
+        if call.phase == "prefill" and "num_beams" not in options:
+            n = ids.shape[1]
+            assert torch.equal(image[:, :n], ids == vlms.IMAGE)
+            assert torch.equal(text[:, :n], (ids != vlms.IMAGE) & inputs["attention_mask"].bool())
+            assert not image[:, n:].any()
+            assert not text[:, n:].any()
+            site_of[call.site.name] = call.k[:, 0, :n].clone()
+        elif call.site.name in site_of:
+            first, keys = site_of[call.site.name], call.k[:, 0]
+            for row in range(2):
+                same = (keys[row][:, None] == first[row][None]).all(-1)  # (Nk, n)
+                place = torch.where(same.any(1), same.int().argmax(1), -1)
+                here = (place >= 0) & (text[row] | image[row])
+                assert torch.equal(image[row][here], (ids[row] == vlms.IMAGE)[place[here]])
+                checked.append(int(here.sum()))
+                assert not image[row][place < 0].any()
+
+    with attnsteer.steer(model, Look(see=see)):
+        model.generate(**inputs, **GREEDY, **options)
+    assert checked or "num_beams" in options
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "paligemma"])
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_a_bias_on_image_keys_does_not_depend_on_the_cache(name: str, cache: str | None) -> None:
+    """Decode with a cache equals a fresh prefill of the longer prompt: keys are named the same in both."""
+    model, make = vlms.build(name)
+    inputs = make(2, left_padding=True)
+    with attnsteer.steer(model, BoostImage(bias=2.0)):
+        out = model.generate(**inputs, **GREEDY, output_logits=True, return_dict_in_generate=True, cache_implementation=cache)
+        fresh = model.generate(**inputs, **GREEDY, output_logits=True, return_dict_in_generate=True, use_cache=False)
+    if name != "paligemma":
+        assert torch.equal(out.sequences, fresh.sequences)
+        torch.testing.assert_close(torch.stack(out.logits), torch.stack(fresh.logits), rtol=1e-4, atol=1e-4)
+    else:
+        assert out.sequences.shape == fresh.sequences.shape
+
+
+# ---- composition -----------------------------------------------------------------------------------------------------
+def test_static_edits_reach_both_lanes_of_the_reference_pass() -> None:
+    model, make = vlms.build("llava")
+    inputs = make(2)
+    weight = {s.name: torch.full((1, vlms.HEADS), 1.5) for s in attnsteer.sites(model)}
+    with attnsteer.steer(model, ScaleAll(factor=1.5), VHD()) as steering:
+        model(**inputs)
+        both = [state["vhd"] for state in steering.states(steering.processors[1]).values()]
+    with _scaled(model, weight), attnsteer.steer(model, VHD()) as steering:
+        model(**inputs)
+        by_hand = [state["vhd"] for state in steering.states(steering.processors[0]).values()]
+    for a, b in zip(both, by_hand, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_checkpointing_recomputes_what_was_steered() -> None:
+    model, make = vlms.build("llava")
+    inputs = make(2)
+    model.requires_grad_(True).train()
+
+    def gradient() -> Tensor:
+        model.zero_grad()
+        with attnsteer.steer(model, VHR()):
+            model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
+        return model.model.language_model.layers[1].self_attn.q_proj.weight.grad.clone()
+
+    plain = gradient()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    torch.testing.assert_close(gradient(), plain)
+    assert model.training
+    assert all(module.training for module in model.modules())
+
+
+def test_prompts_without_ids_or_pixels_are_refused_with_a_reason() -> None:
+    model, make = vlms.build("llava")
+    inputs = make(1)
+    with attnsteer.steer(model, VHR()):
+        with pytest.raises(SteeringError, match="input_ids"):
+            model(inputs_embeds=model.get_input_embeddings()(inputs["input_ids"]))
+        with pytest.raises(SteeringError, match="pixels"):
+            model(input_ids=inputs["input_ids"])
+    assert _state_of(model) == ([], [], None, False)
+
+
+def test_a_plain_edit_works_with_embeddings_only() -> None:
+    model, make = vlms.build("llava")
+    ids = make(1)["input_ids"].masked_fill(make(1)["input_ids"] == vlms.IMAGE, 9)
+    with attnsteer.steer(model, ScaleAll()):
+        torch.testing.assert_close(
+            model(inputs_embeds=model.get_input_embeddings()(ids)).logits, model(input_ids=ids).logits
+        )
+
+
+# ---- nothing stays behind --------------------------------------------------------------------------------------------
+def test_an_exception_in_the_middle_of_a_generation_leaves_the_model_clean() -> None:
+    model, make = vlms.build("llava")
+    inputs = make(1)
+    plain, before = model.generate(**inputs, **GREEDY), _state_of(model)
+    calls = []
+
+    def stumble(call: AttentionCall) -> None:
+        calls.append(call.phase)
+        if calls.count("decode") == 6:
+            raise RuntimeError("stumbled")
+
+    with pytest.raises(RuntimeError, match="stumbled"), attnsteer.steer(model, VHR(), Look(see=stumble)):
+        model.generate(**inputs, **GREEDY)
+    assert _state_of(model) == before
+    assert before[0] == []
+    assert before[2] is None
+    assert torch.equal(model.generate(**inputs, **GREEDY), plain)
+
+
+def test_after_an_exception_the_same_steering_goes_on() -> None:
+    model, make = vlms.build("llava")
+    inputs, broken = make(1), []
+    with attnsteer.steer(model, VHR()):
+        expected = model.generate(**inputs, **GREEDY)
+
+    def stumble(call: AttentionCall) -> None:
+        if broken and call.phase == "decode":
+            raise RuntimeError(broken.pop())
+
+    with attnsteer.steer(model, VHR(), Look(see=stumble)):
+        broken.append("stumbled")
+        with pytest.raises(RuntimeError, match="stumbled"):
+            model.generate(**inputs, **GREEDY)
+        assert torch.equal(model.generate(**inputs, **GREEDY), expected)
+
+
+def test_an_interception_of_the_users_own_survives() -> None:
+    model, make = vlms.build("llava")
+    inputs = make(1)
+    plain, mine = model.generate, []
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        mine.append(True)
+        return plain(*args, **kwargs)
+
+    model.generate = generate
+    with attnsteer.steer(model, VHR()):
+        model.generate(**inputs, **GREEDY)
+    assert mine == [True]
+    assert model.generate is generate
+
+
+def test_a_session_may_end_inside_a_generation() -> None:
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    model, make = vlms.build("llava")
+
+    class Detach(StoppingCriteria):
+        def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            if steering.attached:
+                steering.detach()
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+    model.generate(**make(1), **GREEDY)
+    before = _state_of(model)
+    steering = attnsteer.attach(model, VHR())
+    model.generate(**make(1), **GREEDY, stopping_criteria=StoppingCriteriaList([Detach()]))
+    assert _state_of(model) == before
+
+
+# ---- text-only models ------------------------------------------------------------------------------------------------
+def test_text_only_models_have_sites_and_take_edits() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=24, n_layer=3, n_head=3, bos_token_id=1, eos_token_id=2))
+    for model in (LlamaForCausalLM(LlamaConfig(**vlms.TEXT)), gpt2):
+        model.eval()
+        sites = attnsteer.sites(model)
+        assert [site.layer for site in sites] == list(range(len(sites)))
+        ids = torch.randint(7, 61, (2, 9))
+        plain = model(ids).logits
+        with attnsteer.steer(model, ScaleAll()):
+            assert not torch.equal(model(ids).logits, plain)
+        with attnsteer.steer(model, VHR()):
+            assert torch.equal(model(ids).logits, plain)
+        assert torch.equal(model(ids).logits, plain)
+
+
+def test_sites_name_the_decoder_layers_and_not_the_tower() -> None:
+    for name in vlms.NAMES:
+        model, _ = vlms.build(name)
+        sites = attnsteer.sites(model)
+        assert [(s.layer, s.index, s.kind, s.heads, s.kv_heads, s.head_dim) for s in sites] == [
+            (i, i, "causal", vlms.HEADS, vlms.KV_HEADS, vlms.HEAD_DIM) for i in range(vlms.LAYERS)
+        ]
+        assert all(model.get_submodule(s.name).layer_idx == s.layer for s in sites)
