@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -340,13 +341,8 @@ def test_a_row_of_a_batch_equals_its_solo_run(edit, mask):
     call = make_call(dtype=torch.float32, spans=SPANS, mask=mask)
     batched = attend(call, [edit])
     for b in range(3):
-        solo = (
-            KeyBias(edit.bias[b : b + 1], edit.queries)
-            if isinstance(edit, KeyBias)
-            else Scale(edit.weight[b : b + 1])
-            if isinstance(edit, Scale)
-            else Mix(edit.target, edit.weight[b : b + 1], edit.tokens, edit.path)
-        )
+        weight = edit.bias if isinstance(edit, KeyBias) else edit.weight
+        solo = with_weight(edit, weight[b : b + 1])
         alone = attend(rows_of(call, slice(b, b + 1)), [solo])
         torch.testing.assert_close(batched[b : b + 1], alone, atol=2e-6, rtol=0)
 
@@ -544,29 +540,24 @@ def test_refusals_say_why():
 
 
 # ---- compile ---------------------------------------------------------------------------------------------------------
-COMPILED: list[Edit] = [TARGETS[i] for i in (0, 3, 4, 5, 6, 9, 10)] + ALL_EDITS[-6:]
+def with_weight(edit: Edit, weight: Tensor) -> Edit:
+    if isinstance(edit, KeyBias):
+        return KeyBias(weight, edit.queries)
+    return Scale(weight) if isinstance(edit, Scale) else Mix(edit.target, weight, edit.tokens, edit.path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("edit", COMPILED, ids=name)
-def test_compiled_equals_eager_with_one_graph_for_all_weights(edit):
+def check_compiled(edit: Edit, inner: Callable[..., object]) -> None:
+    """One graph without breaks serves every weight, and its results are the eager ones."""
     call = make_call(dtype=torch.float32, spans=SPANS)
     graphs = 0
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
         nonlocal graphs
         graphs += 1
-        from torch._inductor.compile_fx import compile_fx
-
-        return compile_fx(gm, inputs)
+        return inner(gm, inputs)
 
     def run(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
-        changed = (
-            KeyBias(weight, edit.queries)
-            if isinstance(edit, KeyBias)
-            else (Scale(weight) if isinstance(edit, Scale) else Mix(edit.target, weight, edit.tokens, edit.path))
-        )
-        return attend(call_of(q, k, v, spans=SPANS), [changed])
+        return attend(call_of(q, k, v, spans=SPANS), [with_weight(edit, weight)])
 
     torch._dynamo.reset()
     compiled = torch.compile(run, backend=backend, fullgraph=True)
@@ -576,3 +567,19 @@ def test_compiled_equals_eager_with_one_graph_for_all_weights(edit):
             got = compiled(call.q, call.k, call.v, factor * weight)
             torch.testing.assert_close(got, run(call.q, call.k, call.v, factor * weight), atol=2e-6, rtol=0)
     assert graphs == 1
+
+
+COMPILED: list[Edit] = [TARGETS[i] for i in (0, 3, 4, 5, 6, 9, 10)] + ALL_EDITS[-6:]
+
+
+@pytest.mark.parametrize("edit", COMPILED, ids=name)
+def test_one_graph_without_breaks_serves_all_weights(edit):
+    check_compiled(edit, lambda gm, inputs: gm.forward)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("edit", COMPILED, ids=name)
+def test_compiled_code_equals_eager(edit):
+    from torch._inductor.compile_fx import compile_fx
+
+    check_compiled(edit, compile_fx)
