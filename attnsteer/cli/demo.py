@@ -1,0 +1,154 @@
+"""``attnsteer demo``: the main job on the embedded models, with pictures, answers and times."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from . import models
+from .generate import call_defaults, question_inputs
+from .options import command, positive
+
+PROMPTS = (
+    "a dog and a car on a blue background",
+    "a cat and a pizza on a green background",
+    "a bird and a clock on a yellow background",
+)
+
+
+def add(subparsers: Any) -> None:
+    parser = command(
+        subparsers,
+        "demo",
+        run,
+        "Steer the embedded models: pictures with and without SoftPAG, answers with and without VHR.",
+        ["demo", "demo --num-seeds 2 --out somewhere/"],
+    )
+    parser.add_argument("--num-seeds", type=positive, default=4, help="pictures for each prompt (default: 4)")
+    parser.add_argument("--num-steps", type=positive, default=20, help="denoising steps (default: 20)")
+    parser.add_argument("--num-scenes", type=positive, default=4, help="pictures to ask about (default: 4)")
+    parser.add_argument("--out", default="outputs/demo", metavar="FOLDER", help="for the PNGs (default: outputs/demo)")
+
+
+def run(given: argparse.Namespace) -> int:
+    folder = Path(given.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    say: Callable[[str], None] = (lambda text: None) if given.json else print
+    report = {"pictures": pictures(given, folder, say), "answers": answers(given, folder, say)}
+    if given.json:
+        print(json.dumps(report, indent=2))
+    return 0
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+def pictures(given: argparse.Namespace, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Every prompt and seed, plain and with SoftPAG, on one sheet."""
+    import torch
+
+    from ..attach import steer
+    from ..processors import SoftPAG
+    from ..where import Where
+    from .sheet import picture_sheet
+
+    softpag = SoftPAG(Where(layers=[2, 3]), strength=0.5, scale=3.0)
+    pipe, _ = models.load("world-sd3", given.device, given.dtype)
+    pipe.set_progress_bar_config(disable=True)
+    say(f"world-sd3: {len(PROMPTS)} prompts, {given.num_seeds} seeds, {given.num_steps} steps, {_brief(softpag)}")
+
+    def paint(prompt: str, steered: bool) -> list[Any]:
+        with steer(pipe, softpag) if steered else nullcontext():
+            return pipe(
+                [prompt] * given.num_seeds,
+                num_inference_steps=given.num_steps,
+                generator=[torch.Generator().manual_seed(given.seed + i) for i in range(given.num_seeds)],
+                **call_defaults("world-sd3"),
+            ).images
+
+    jobs = [(prompt, steered) for prompt in PROMPTS for steered in (False, True)]
+    pipe([PROMPTS[0]], num_inference_steps=1, **call_defaults("world-sd3"))  # the first call is slower
+    rows, seconds = _timed(jobs, lambda job: paint(*job), "pictures", given.json)
+    file = folder / "softpag.png"
+    labels = [f"{'SoftPAG' if steered else 'plain'}: {prompt}" for prompt, steered in jobs]
+    picture_sheet(rows, [f"seed {given.seed + i}" for i in range(given.num_seeds)], labels).save(file)
+    return _result(file, softpag, seconds, len(PROMPTS) * given.num_seeds, "picture", say)
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------------
+def answers(given: argparse.Namespace, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Descriptions of unseen scenes, plain and with VHR; what is not in the picture is red."""
+    from ..attach import steer
+    from ..processors import VHR
+    from ..world import text
+    from ..world.evaluate import lonely, named
+    from .sheet import answer_sheet
+
+    vhr = VHR()
+    model, processor = models.load("world-llava", given.device, given.dtype)
+    scenes = [lonely(3 * (given.seed + number) + 2) for number in range(given.num_scenes)]
+    say(f"world-llava: {len(scenes)} scenes without their usual company, {_brief(vhr)}")
+
+    def describe(number: int, steered: bool) -> str:
+        inputs = question_inputs(processor, scenes[number].image(), text.DESCRIBE)
+        with steer(model, vhr, processor=processor) if steered else nullcontext():
+            tokens = model.generate(**inputs.to(model.device, model.dtype), max_new_tokens=48, do_sample=False)
+        return processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
+
+    jobs = [(number, steered) for number in range(len(scenes)) for steered in (False, True)]
+    describe(0, False)  # the first call is slower
+    said, seconds = _timed(jobs, lambda job: describe(*job), "answers", given.json)
+    entries, wrong, shown = [], [], []
+    for number, scene in enumerate(scenes):
+        pair = said[2 * number : 2 * number + 2]
+        invented = [sorted(named(sentence) - set(scene.categories)) for sentence in pair]
+        entries.append((scene.image(), list(zip(("plain", "VHR"), pair, strict=True))))
+        wrong.append({word for names in invented for name in names for word in (*name.split(), name + "s")})
+        shown.append({"scene": text.describe(scene), "plain": pair[0], "vhr": pair[1], "invented": invented})
+        say(f"  there is  {text.objects(scene)}\n    plain   {pair[0]}\n    VHR     {pair[1]}")
+    file = folder / "vhr.png"
+    answer_sheet(entries, wrong).save(file)
+    return {**_result(file, vhr, seconds, len(scenes), "answer", say), "scenes": shown}
+
+
+# ---- both ------------------------------------------------------------------------------------------------------------
+def _timed(
+    jobs: list[tuple[Any, bool]], work: Callable[[tuple[Any, bool]], Any], what: str, silent: bool
+) -> tuple[list[Any], dict[bool, float]]:
+    """The results of all jobs in order, and the seconds of the plain and of the steered ones."""
+    results, seconds = [], {False: 0.0, True: 0.0}
+    for job in _progress(jobs, what, silent):
+        start = time.perf_counter()
+        results.append(work(job))
+        seconds[job[1]] += time.perf_counter() - start
+    return results, seconds
+
+
+def _progress(jobs: list[Any], what: str, silent: bool) -> Iterable[Any]:
+    from tqdm import tqdm
+
+    return tqdm(jobs, desc=what, disable=silent or not sys.stderr.isatty(), leave=False)
+
+
+def _brief(processor: Any) -> str:
+    parameters = processor.to_dict()["parameters"]
+    return f"{type(processor).__name__}({', '.join(f'{k}={v}' for k, v in parameters.items())})"
+
+
+def _result(
+    file: Path, processor: Any, seconds: dict[bool, float], count: int, unit: str, say: Callable[[str], None]
+) -> dict[str, Any]:
+    plain, steered = seconds[False] / count, seconds[True] / count
+    name = type(processor).__name__
+    say(f"  plain {plain:.3f} s a {unit}, {name} {steered:.3f} s a {unit}: {100 * (steered / plain - 1):+.0f} % time")
+    say(f"  {file}")
+    return {
+        "file": str(file),
+        "processor": processor.to_dict(),
+        f"seconds_per_{unit}": {"plain": round(plain, 4), "steered": round(steered, 4)},
+        "overhead": round(steered / plain - 1, 4),
+    }
