@@ -20,6 +20,8 @@ StepHook = Callable[[Tensor], Tensor]
 class _Method:
     """A wrapped method of a scheduler. Pipelines read its signature; a deep copy of it gets a plain one."""
 
+    __name__: str
+
     def __init__(self, scheduler: Any, method: Callable[..., Any], around: Callable[..., Any]):
         functools.update_wrapper(self, method)
         self._scheduler = scheduler
