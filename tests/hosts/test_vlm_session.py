@@ -104,7 +104,9 @@ WAYS: dict[str, dict[str, Any]] = {
 UPSTREAM = {("llava", "chunked prefill"), ("gemma3", "chunked prefill"), ("qwen25", "contrast of prompts")}
 
 
-@pytest.mark.parametrize(("name", "way"), [(n, w) for n in ("llava", "qwen25", "gemma3") for w in WAYS if (n, w) not in UPSTREAM])
+@pytest.mark.parametrize(
+    ("name", "way"), [(n, w) for n in ("llava", "qwen25", "gemma3") for w in WAYS if (n, w) not in UPSTREAM]
+)
 def test_every_way_to_generate_equals_the_oracle(name: str, way: str) -> None:
     model, make = vlms.build(name)
     inputs = make(1 if way == "prompt lookup" else 2, left_padding=True)
@@ -213,7 +215,9 @@ def test_right_padded_prompts_are_measured_at_their_own_last_token() -> None:
     inputs = make(3, left_padding=True)
     rolled = dict(inputs)
     for key in ("input_ids", "attention_mask"):
-        rolled[key] = torch.stack([row.roll(-int((mask == 0).sum())) for row, mask in zip(inputs[key], inputs["attention_mask"], strict=True)])
+        rolled[key] = torch.stack(
+            [row.roll(-int((mask == 0).sum())) for row, mask in zip(inputs[key], inputs["attention_mask"], strict=True)]
+        )
     with attnsteer.steer(model, VHR()) as steering:
         model(**inputs)
         left = _factors(steering)
@@ -230,7 +234,9 @@ def test_steps_are_honoured(phase: str, options: dict[str, Any]) -> None:
     model, make = vlms.build("llava")
     ids = make(2)["input_ids"].masked_fill(make(2)["input_ids"] == vlms.IMAGE, 9)
     lengths: list[tuple[str, int]] = []
-    with attnsteer.steer(model, ScaleAll(Where(steps=phase)), Look(see=lambda c: lengths.append((c.phase, c.q.shape[2])))):
+    with attnsteer.steer(
+        model, ScaleAll(Where(steps=phase)), Look(see=lambda c: lengths.append((c.phase, c.q.shape[2])))
+    ):
         steered = model.generate(ids, **GREEDY, **options)
     whole = {c for p, c in lengths if p == "prefill"}
     assert whole == ({4, ids.shape[1] % 4 or 4} if "prefill_chunk_size" in options else {ids.shape[1]})
@@ -301,7 +307,9 @@ def test_a_bias_on_image_keys_does_not_depend_on_the_cache(name: str, cache: str
     model, make = vlms.build(name)
     inputs = make(2, left_padding=True)
     with attnsteer.steer(model, BoostImage(bias=2.0)):
-        out = model.generate(**inputs, **GREEDY, output_logits=True, return_dict_in_generate=True, cache_implementation=cache)
+        out = model.generate(
+            **inputs, **GREEDY, output_logits=True, return_dict_in_generate=True, cache_implementation=cache
+        )
         fresh = model.generate(**inputs, **GREEDY, output_logits=True, return_dict_in_generate=True, use_cache=False)
     if name != "paligemma":
         assert torch.equal(out.sequences, fresh.sequences)
