@@ -120,18 +120,24 @@ def _with_tensor(edit: Edit, tensor: Tensor) -> Edit:
 def stack_rows(rows: Sequence[Sequence[Edit]]) -> tuple[Edit, ...]:
     """Merge the edits of single rows (tensors ``(1, ...)``) into edits of the whole batch (tensors ``(R, ...)``).
 
-    A row that does not ask for an edit gets its neutral value there: weight 0 (``Mix``), 1 (``Scale``), bias 0. Rows may
-    ask for different edits; two edits of one row with the same key stay two. Equal rows collapse to one.
+    A row that does not ask for an edit gets its neutral value there: weight 0 (``Mix``), 1 (``Scale``), bias 0. Rows
+    may ask for different edits; two edits of one row with the same key stay two, and the order within a row is kept.
+    Equal rows collapse to one.
     """
-    slots: dict[tuple[object, ...], dict[int, Edit]] = {}
+    slots: list[tuple[tuple[object, ...], dict[int, Edit]]] = []
     for r, edits in enumerate(rows):
-        seen: dict[tuple[object, ...], int] = {}
-        for edit in edits:
+        last = -1
+        for edit in sorted(edits, key=lambda edit: ORDER.index(type(edit))):
             key = _key(edit)
-            seen[key] = seen.get(key, -1) + 1
-            slots.setdefault((*key, seen[key]), {})[r] = edit
+            last += 1  # the next slot of this key behind the row's previous edit, else a new one right there
+            found = [i for i in range(last, len(slots)) if slots[i][0] == key]
+            if found:
+                last = found[0]
+            else:
+                slots.insert(last, (key, {}))
+            slots[last][1][r] = edit
     stacked: list[Edit] = []
-    for members in slots.values():
+    for _, members in slots:
         sample = next(iter(members.values()))
         neutral: Callable[[Tensor], Tensor] = torch.ones_like if isinstance(sample, Scale) else torch.zeros_like
         parts = [_tensor(members[r]) if r in members else neutral(_tensor(sample)) for r in range(len(rows))]
