@@ -177,6 +177,11 @@ class DiffusionSession:
         step, total = (clock.index, clock.total) if clock and clock.running else (0, 1)
         sigmas = any(isinstance(plan.where.steps, Mapping) for row in self.rows for plan in row)
         sigma = clock.sigma if clock and clock.running and sigmas else None
+        if sigmas and sigma is None:
+            whose = type(clock.scheduler).__name__ if clock else "A bare denoiser"
+            raise SteeringError(
+                f"{whose} has no noise levels for a sigma window: give steps as fractions or positions."
+            )
         return tuple(tuple(p for p in row if which(p) and p.active(step, total, sigma)) for row in self.rows)
 
     def _plain_bindings(self, model: torch.nn.Module, inputs: dict[str, Any], plain: PlanRows) -> dict[Site, Binding]:

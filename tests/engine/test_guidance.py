@@ -14,19 +14,21 @@ from attnsteer import Where
 from attnsteer.processors import PAG, SoftPAG
 from tests.tiny import denoisers, pipelines
 
-from .common import EXACT, Loop, Nudge, denoiser_of, double, explicit_identity, latents, predict, to_double
+from .common import (
+    EXACT,
+    Loop,
+    Nudge,
+    Reference,
+    choice,
+    double,
+    explicit_identity,
+    latents,
+    predict,
+    to_double,
+)
 
 GUIDED = 4.0
 """The classifier-free guidance scale of the tiny pipelines' calls."""
-
-
-def choice(model: Any) -> tuple[Where, dict[str, dict[int, float]]]:
-    """Two heads in an early and one in a late self- or joint-attention layer, as a selection and for the oracle."""
-    first, *_, last = [
-        s for s in attnsteer.sites(model) if s.kind in ("self", "joint") and not s.name.endswith("attn2")
-    ]
-    heads = {first.layer: [0, 1], last.layer: [1]}
-    return Where(heads=heads), {first.name: {0: 0.75, 1: 0.75}, last.name: {1: 0.75}}
 
 
 # ---- whole pipelines, loops by hand ---------------------------------------------------------------------------------
@@ -90,39 +92,6 @@ def test_sd3_with_euler_equals_its_loop_by_hand(cfg: bool) -> None:
 
 
 # ---- every family: the engine's perturbed lane against a full forward of everything with explicit maps ---------------
-class Reference:
-    """Guidance by hand around any pipeline: a second, whole forward of each step's first call, with explicit maps."""
-
-    def __init__(self, pipe: Any, strength: dict[str, dict[int, float]], w: float):
-        self.pipe, self.strength, self.w = pipe, strength, w
-        self.outputs: list[Tensor] = []
-        self.first: tuple[tuple[Any, ...], dict[str, Any], Tensor] | None = None
-        self.busy = False
-        self.handle = denoiser_of(pipe).register_forward_hook(self._keep, with_kwargs=True)
-        self.step = pipe.scheduler.step
-        pipe.scheduler.step = self._step
-
-    def _keep(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        if self.first is None and not self.busy:
-            self.first = (args, kwargs, output[0])
-
-    def _step(self, model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
-        assert self.first is not None
-        given_args, given_kwargs, cond = self.first
-        self.busy = True
-        with explicit_identity(denoiser_of(self.pipe), self.strength):
-            perturbed = denoiser_of(self.pipe)(*given_args, **given_kwargs)[0]
-        self.busy, self.first = False, None
-        samples, channels = model_output.shape[:2]  # the conditional rows are the last ones in all these families
-        d = (cond - perturbed)[-samples:, :channels]
-        self.outputs.append(model_output + self.w * d)
-        return self.step(self.outputs[-1], *args, **kwargs)
-
-    def remove(self) -> None:
-        self.handle.remove()
-        del self.pipe.scheduler.step
-
-
 @pytest.mark.parametrize("cfg", [True, False])
 @pytest.mark.parametrize("name", pipelines.NAMES)
 def test_every_pipeline_equals_whole_forwards_with_explicit_maps(name: str, cfg: bool) -> None:
