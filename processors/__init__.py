@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from .pag import PAG
     from .seg import SEG
     from .softpag import SoftPAG
+    from .vhd import VHD
     from .vhr import VHR
 
 GROUP = "attnsteer.processors"
-_SHIPPED = {"PAG": "pag", "SEG": "seg", "SoftPAG": "softpag", "VHR": "vhr"}
+_SHIPPED = {"PAG": "pag", "SEG": "seg", "SoftPAG": "softpag", "VHD": "vhd", "VHR": "vhr"}
 
-__all__ = ["PAG", "SEG", "VHR", "SoftPAG", "available", "get"]
+__all__ = ["PAG", "SEG", "VHD", "VHR", "SoftPAG", "available", "get"]
 
 
 def _plugins() -> dict[str, EntryPoint]:

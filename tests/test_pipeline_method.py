@@ -86,7 +86,7 @@ def test_refusals_leave_the_pipeline_alone() -> None:
 ORDERS = {
     "attnsteer first": "import attnsteer; from diffusers import DiffusionPipeline",
     "diffusers first": "from diffusers import DiffusionPipeline; import attnsteer",
-    "lazily": "import attnsteer, diffusers; import diffusers.pipelines; DiffusionPipeline = diffusers.DiffusionPipeline",
+    "lazily": "import attnsteer, diffusers; import diffusers.pipelines; from diffusers import DiffusionPipeline",
 }
 
 
