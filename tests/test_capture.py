@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+import attnsteer
 from attnsteer.capture import Capture, column_mass, probabilities, row_mass
 from attnsteer.errors import SteeringError
 from attnsteer.site import Spans
 from attnsteer.where import Where
+from tests.tiny import pipelines
 
 from .calls import MASKS, LargestTensor, call_of, explicit_map, make_call, rows_of
 
@@ -217,3 +219,25 @@ def test_bad_parameters_say_what_is_allowed():
         Capture(columns=(13,)).react(make_call())
     assert Capture(columns=(0,)).token_agnostic
     assert not Capture().token_agnostic
+
+
+# ---- in models -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("family", ["sd15", "sd3", "flux"])
+def test_pipelines_run_as_before_while_recorded(family):
+    pipe = pipelines.build(family)
+
+    def picture() -> torch.Tensor:
+        return pipe(**pipelines.call_kwargs(family, batch=2, cfg=True, steps=2) | {"output_type": "latent"}).images
+
+    plain, capture = picture(), Capture(Where(layers=-1, heads=[0]), columns="text")
+    steering = attnsteer.attach(pipe, capture)
+    assert torch.equal(picture(), plain)
+    ((site, found),) = Capture.collect(steering.states(capture)).items()
+    steering.detach()
+    assert site in dict((pipe.unet if family == "sd15" else pipe.transformer).named_modules())
+    mass = found.sum(-1)
+    assert found.shape[2] == 1  # the chosen head
+    assert (mass > 0).all()
+    assert (mass < 1 + 1e-5).all()
+    if family == "sd15":  # cross attention: every key is text
+        torch.testing.assert_close(mass, torch.ones_like(mass), atol=1e-5, rtol=0)

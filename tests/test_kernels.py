@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from itertools import pairwise
 
 import pytest
@@ -209,5 +210,18 @@ def test_cuda_operators_equal_the_oracle(dtype, mask):
     tensor = None if call.mask is None else call.mask.cuda()
     output, lse = attend_with_lse(q, k, v, mask=tensor, is_causal=call.is_causal)
     expected, expected_lse = reference.attend(q, k, v, mask=tensor, is_causal=call.is_causal)
+    torch.testing.assert_close(output, expected, atol=2e-2, rtol=0)
+    torch.testing.assert_close(lse, expected_lse, atol=1e-2, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(find_spec("xformers") is None or not torch.cuda.is_available(), reason="needs xformers on CUDA")
+@pytest.mark.parametrize("mask", ["none", "causal"])
+def test_xformers_equals_the_oracle(mask):
+    call = make_call(dtype=torch.float16, mask=mask, dim=32, n_q=37)
+    q, k, v = (x.cuda() for x in (call.q, call.k, call.v))
+    assert xformers.reasons(q, k, v, None, call.is_causal) == []
+    output, lse = xformers.attend(q, k, v, is_causal=call.is_causal)
+    expected, expected_lse = reference.attend(q, k, v, is_causal=call.is_causal)
     torch.testing.assert_close(output, expected, atol=2e-2, rtol=0)
     torch.testing.assert_close(lse, expected_lse, atol=1e-2, rtol=0)

@@ -1,4 +1,7 @@
-"""xformers' memory-efficient attention, where it is installed (CUDA only). Never a requirement."""
+"""xformers' memory-efficient attention, where it is installed (CUDA only). Never a requirement.
+
+Written from its documentation: no test runs it without a CUDA device, and the sdpa backend comes first anyway.
+"""
 
 from __future__ import annotations
 
