@@ -44,6 +44,9 @@ class Binding:
         self.main_call = main_call  # which kernel call of the module is the text or joint one
         self.hit = False
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of a steered model is not steered."""
+
 
 def intervene(
     binding: Binding,

@@ -131,12 +131,15 @@ def token_bytes(tokenizer: Any, ids: Sequence[int], special: Iterable[int] = ())
 
 
 def _spelling(tokenizer: Any) -> str:
+    """The spelling whose mark is on most tokens: large vocabularies hold each other's marks as ordinary characters."""
     vocab: Mapping[str, int] = tokenizer.get_vocab()
-    if any(token.endswith("</w>") for token in vocab):
-        return "clip"
-    if any(token.startswith("Ġ") for token in vocab):
-        return "byte-level"
-    return "wordpiece" if any(token.startswith("##") for token in vocab) else "sentencepiece"
+    marked = {
+        "sentencepiece": sum(token.startswith("▁") for token in vocab),
+        "clip": sum(token.endswith("</w>") for token in vocab),
+        "byte-level": sum(token.startswith("Ġ") for token in vocab),
+        "wordpiece": sum(token.startswith("##") for token in vocab),
+    }
+    return max(marked, key=lambda name: marked[name])
 
 
 def _bytes(token: str, spelling: str) -> bytes:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ from ..scheduler import Plan, Rows, merge_edits, wanted_sites
 from ..site import AttentionCall, Phase, Site, Spans
 from ..spans import KeySpans
 from . import transformers_seam
-from .base import intercept, unwrap
-from .decoders import refusals, sites
+from .base import intercept
+from .decoders import core, refusals, sites
 from .vlm_families import lockstep_inputs, vision_tokens
 from .vlm_inputs import cache_length, execution_device, kept_positions, length, on_device, undisturbed
 
@@ -63,6 +64,21 @@ class _Silent(Processor):
         return None
 
 
+class _Generate:
+    """``generate`` of a steered model. A deep copy of the model gets the plain method, bound to the copy."""
+
+    def __init__(self, session: LanguageSession, plain: Callable[..., Any]):
+        functools.update_wrapper(self, plain)
+        self._session, self._plain = session, plain
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._session._generate(self._plain, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copy = memo.get(id(self._session.model))
+        return self._plain if copy is None else types.MethodType(type(copy).generate, copy)
+
+
 class LanguageSession:
     """One attachment to a language model.
 
@@ -80,7 +96,8 @@ class LanguageSession:
         if reasons:
             raise SteeringError(reasons)
         self.target, self.processor = target, processor
-        self.model: Any = unwrap(target)
+        self.model: Any = core(target)
+        self._names = tuple(inspect.signature(self.model.forward).parameters)
         self.rows = rows
         self.owner: Any = None
         self._active = tuple(tuple(plan for plan in row if not plan.processor.inert) for row in rows)
@@ -90,7 +107,12 @@ class LanguageSession:
         self._modules = {site: self.model.get_submodule(site.name) for site in wanted_sites(self._active)}
         self._bindings = {site: Binding(site, phase="prefill") for site in self._modules}
         there = sites(target)
-        self._tables: dict[Phase, Table] = {phase: self._table(phase, there) for phase in PHASES}
+        on = {
+            phase: {id(p): p.processor.where_for(there).active(0, 1, phase=phase) for p in self._plans}
+            for phase in PHASES
+        }
+        self._phased = on["prefill"] != on["decode"]
+        self._tables = {phase: self._table(phase, on[phase]) for phase in PHASES}
         needs_spans = any(plan.reacts and not plan.processor.token_agnostic for plan in self._plans)
         self._spans = KeySpans(vision_tokens(self.model.config).image_mask) if needs_spans else None
         self._restore: list[Callable[[], None]] = []
@@ -111,6 +133,8 @@ class LanguageSession:
                 self._restore.append(intercept(module, self._around))
             if hasattr(self.model, "generate"):
                 self._restore.append(self._wrap_generate())
+            if self._image_free or self._spans is not None or self._phased:
+                self._restore.append(intercept(self.model.get_decoder(), self._guard))
 
     def stop(self) -> None:
         """Put everything back; harmless where nothing was started, and in the middle of a generation."""
@@ -128,9 +152,9 @@ class LanguageSession:
             )
         return asked[0] if asked else "delete"
 
-    def _table(self, phase: Phase, there: Sequence[Site]) -> Table:
-        """Static edits and reacting processors of every site, in one phase."""
-        on = {id(p): p.processor.where_for(there).active(0, 1, phase=phase) for p in self._plans}
+    def _table(self, phase: Phase, on: Mapping[int, bool]) -> Table:
+        """Static edits and reacting processors of every site, in one phase. ``on``: by id of the plan, whether it
+        acts."""
         table: Table = {}
         for site, module in self._modules.items():
             device = execution_device(module)
@@ -158,25 +182,20 @@ class LanguageSession:
 
     # ---- the user's calls --------------------------------------------------------------------------------------------
     def _wrap_generate(self) -> Callable[[], None]:
-        model = self.model
-        previous, plain = model.__dict__.get("generate"), model.generate
-
-        @functools.wraps(plain)
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            if self._generating:  # an assisted generation asks the model itself for candidates
-                return plain(*args, **kwargs)
-            return self._generate(plain, args, kwargs)
+        mine, previous = self.model.__dict__, self.model.__dict__.get("generate")
+        wrapped = mine["generate"] = _Generate(self, self.model.generate)
 
         def restore() -> None:
-            if model.__dict__.get("generate") is generate:
-                del model.__dict__["generate"]
+            if mine.get("generate") is wrapped:
+                del mine["generate"]
                 if previous is not None:
-                    model.__dict__["generate"] = previous
+                    mine["generate"] = previous
 
-        model.__dict__["generate"] = generate
         return restore
 
     def _generate(self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._generating:  # an assisted generation asks the model itself for candidates
+            return plain(*args, **kwargs)
         given = {**dict(zip(inspect.signature(plain).parameters, args, strict=False)), **kwargs}
         if given.get("input_ids") is None:
             given["input_ids"] = given.get("inputs")
@@ -193,7 +212,7 @@ class LanguageSession:
     def _around(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling() or self._inside:
             return call(*args, **kwargs)  # phase and spans were set from outside
-        given = {**dict(zip(inspect.signature(self.model.forward).parameters, args, strict=False)), **kwargs}
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         if given.get("cache") is not None:
             raise SteeringError(
                 "Continuous batching cannot be steered: use generate() with an ordinary cache, or detach."
@@ -216,6 +235,15 @@ class LanguageSession:
             if self._left <= 0:
                 self._set_phase("decode")
         return out
+
+    def _guard(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The decoder must not run without us knowing which prompt this is: heads of the last prompt would be used."""
+        if not (torch.compiler.is_compiling() or self._inside or self._generating):
+            raise SteeringError(
+                "The text decoder was called past the steered model (its base model, or code that was compiled around it), "
+                "so the heads of another prompt would be used: call model(...) or model.generate(...)."
+            )
+        return call(*args, **kwargs)
 
     def _begin(self, given: Mapping[str, Any]) -> None:
         """A new prompt: forget the last one, and run the reference pass where a processor asks for it."""
@@ -275,12 +303,11 @@ class LanguageSession:
         model = self.model
         if not isinstance(given.get("input_ids"), Tensor):
             raise SteeringError("The image-free pass finds the image by its ids: give input_ids, not inputs_embeds.")
-        names = inspect.signature(model.forward).parameters
-        inputs = {name: on_device(given[name], model.device) for name in given if name in names}
+        inputs = {name: on_device(given[name], model.device) for name in given if name in self._names}
         both, image, text = lockstep_inputs(inputs, model.config, self._removal)
         if self._removal == "mask":
             both.update(kept_positions(model, both))
-        if "logits_to_keep" in names:
+        if "logits_to_keep" in self._names:
             both["logits_to_keep"] = 1
         batch = image.shape[0] // 2
         lanes = {"main": slice(0, batch), "image_free": slice(batch, 2 * batch)}
@@ -295,9 +322,11 @@ class LanguageSession:
         for binding in self._bindings.values():
             binding.edits = tuple(tile_rows(edit, batch, len(lanes)) for edit in binding.edits)
             binding.lanes, binding.spans = lanes, spans
+        inside, self._inside = self._inside, True
         try:
             yield
         finally:
+            self._inside = inside
             for binding in self._bindings.values():
                 binding.lanes, binding.spans = {}, None
             self._set_phase("prefill")

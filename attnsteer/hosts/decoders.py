@@ -14,10 +14,16 @@ from ..site import Site
 from .base import unwrap
 
 
+def core(model: torch.nn.Module) -> torch.nn.Module:
+    """The transformers model inside ``torch.compile(model)`` or a PEFT model; the same weights and modules."""
+    inner: Any = unwrap(model)
+    return unwrap(inner.get_base_model()) if hasattr(inner, "get_base_model") else inner
+
+
 def sites(model: torch.nn.Module) -> list[Site]:
     """The attention of every text decoder layer, in execution order; empty where there is no text decoder."""
     found: list[Site] = []
-    for name, module in _attentions(unwrap(model)):
+    for name, module in _attentions(core(model)):
         heads, kv_heads, head_dim = _shape(module)
         found.append(Site(name, "causal", int(module.layer_idx), len(found), heads, kv_heads, head_dim))
     return found
@@ -25,7 +31,7 @@ def sites(model: torch.nn.Module) -> list[Site]:
 
 def refusals(model: torch.nn.Module) -> list[str]:
     """Why a model cannot be steered; empty where it can."""
-    model = unwrap(model)
+    model = core(model)
     name, reasons = type(model).__name__, []
     config: Any = model.config
     if getattr(config, "is_encoder_decoder", False):

@@ -143,8 +143,8 @@ def _first_keys(q: Tensor, k: Tensor) -> Tensor:
 def _is_causal(module: nn.Module, q: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
     """Whether the function itself hides later keys, beyond what ``mask`` says.
 
-    eager and flex: never, the mask says it all; flash: by flag, next to its padding mask; sdpa, and implementations of the
-    user's own: by flag where no mask is given. A single query sees every key of the cache.
+    eager and flex: never, the mask says it all; flash: by flag, next to its padding mask; sdpa, and implementations of
+    the user's own: by flag where no mask is given. A single query sees every key of the cache.
     """
     name = getattr(module.config, "_attn_implementation", None) or "eager"
     by_flag = "flash" in name or (mask is None and name not in ("eager", "flex_attention"))

@@ -162,7 +162,7 @@ def test_the_table_of_transformers_is_restored_exactly() -> None:
 
     transformers_seam.disarm()
     table, lookup = dict(AttentionInterface._global_mapping), AttentionInterface.get_interface
-    model, make = vlms.build("llava")
+    model, _ = vlms.build("llava")
     with attnsteer.steer(model, VHR()):
         armed = dict(AttentionInterface._global_mapping)
         assert armed["sdpa"] is not table["sdpa"]

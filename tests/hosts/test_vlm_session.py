@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ def _state_of(model: Any) -> tuple[Any, ...]:
     return marks, hooks, model.__dict__.get("generate"), model.training
 
 
-# ---- the same tokens as the oracle, however the user generates --------------------------------------------------------
+# ---- the same tokens as the oracle, however the user generates -------------------------------------------------------
 WAYS: dict[str, dict[str, Any]] = {
     "beams": {"num_beams": 3},
     "several sequences": {"do_sample": True, "num_return_sequences": 2},
@@ -468,3 +469,72 @@ def test_sites_name_the_decoder_layers_and_not_the_tower() -> None:
             (i, i, "causal", vlms.HEADS, vlms.KV_HEADS, vlms.HEAD_DIM) for i in range(vlms.LAYERS)
         ]
         assert all(model.get_submodule(s.name).layer_idx == s.layer for s in sites)
+
+
+# ---- around the model ------------------------------------------------------------------------------------------------
+def test_copies_checkpoints_and_state_dicts_are_not_steered(tmp_path: Any) -> None:
+    model, make = vlms.build("llava")
+    inputs = make(1)
+    plain, names = model.generate(**inputs, **GREEDY), set(model.state_dict())
+    with attnsteer.steer(model, VHR()):
+        assert not torch.equal(model.generate(**inputs, **GREEDY), plain)
+        assert set(model.state_dict()) == names
+        model.save_pretrained(tmp_path)
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin.generate(**inputs, **GREEDY), plain)
+        assert torch.equal(twin(**inputs).logits, type(model).from_pretrained(tmp_path)(**inputs).logits)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen25"])
+def test_offloaded_models_are_steered_alike(name: str) -> None:
+    from accelerate import cpu_offload
+
+    model, make = vlms.build(name)
+    inputs = make(2)
+    with attnsteer.steer(model, VHR()):
+        expected = model.generate(**inputs, **GREEDY)
+    offloaded, _ = vlms.build(name)
+    cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    with attnsteer.steer(offloaded, VHR()):
+        assert torch.equal(offloaded.generate(**inputs, **GREEDY), expected)
+
+
+def test_adapters_on_the_model_are_steered_with_it() -> None:
+    peft = pytest.importorskip("peft")
+    model, make = vlms.build("llava")
+    inputs = make(2)
+    adapter = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
+    outer = peft.get_peft_model(model, adapter).eval()
+    plain = outer(**inputs).logits
+    with attnsteer.steer(model, VHR()) as steering:
+        steered, sequences = outer(**inputs).logits, outer.generate(**inputs, **GREEDY)
+        factors = _factors(steering)
+    with _scaled(model, factors):
+        torch.testing.assert_close(steered, outer(**inputs).logits, rtol=1e-5, atol=1e-5)
+        assert torch.equal(sequences, outer.generate(**inputs, **GREEDY))
+    assert torch.equal(outer(**inputs).logits, plain)
+
+
+def test_the_decoder_is_not_run_with_the_heads_of_another_prompt() -> None:
+    model, make = vlms.build("llava")
+    inputs = make(1)
+    with attnsteer.steer(model, VHR()):
+        model(**inputs)
+        with pytest.raises(SteeringError, match="past the steered model"):
+            model.model(**inputs)
+    with attnsteer.steer(model, ScaleAll()):
+        model.model(**inputs)  # what needs no prompt may be called anyhow
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions_choose_half_of_the_heads(dtype: torch.dtype) -> None:
+    model, make = vlms.build("llava")
+    model.to(dtype)
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in make(2).items()}
+    with attnsteer.steer(model, VHR()) as steering:
+        assert model(**inputs).logits.dtype == dtype
+        states = steering.states(steering.processors[0])
+    assert all(state["heads"].sum(1).tolist() == [vlms.HEADS // 2] * 2 for state in states.values())
+    assert all(
+        state["vhd"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32) for state in states.values()
+    )
