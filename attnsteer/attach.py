@@ -244,7 +244,7 @@ def _session(
     from .hosts.diffusion import DiffusionSession, refusals
 
     pipeline = _is_pipeline(target)
-    reasons = refusals(target, models, rows, has_scheduler=pipeline or scheduler is not None)
+    reasons = refusals(models, rows, has_scheduler=pipeline or scheduler is not None)
     if reasons:
         raise SteeringError(reasons)
     return DiffusionSession(

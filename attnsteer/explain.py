@@ -120,7 +120,7 @@ def _refusals(target: Any, rows: Any, scheduler: Any) -> list[str]:
         return causal_lm.refusals(models[0])
     from .hosts.diffusion import refusals
 
-    return refusals(target, models, rows, hasattr(target, "scheduler") or scheduler is not None)
+    return refusals(models, rows, hasattr(target, "scheduler") or scheduler is not None)
 
 
 def _explanation(target: Any, rows: Any, refused: list[str], shape: Mapping[str, int]) -> Explanation:

@@ -73,6 +73,8 @@ class DiffusionSession:
         self._find_scheduler = find_scheduler
         self.rows = rows
         self.owner: Any = None
+        if cfg is not None and (cfg.count("cond") != 1 or len(set(cfg)) < len(cfg)):
+            raise SteeringError(f"cfg={cfg!r} is no order of a guided batch: name each part once, one of them 'cond'.")
         self._cfg = cfg
         self._clock: Clock | None = None
         self._intercepted: list[tuple[torch.nn.Module, Callable[[], None]]] = []
@@ -103,6 +105,9 @@ class DiffusionSession:
         """See every call of the denoisers and every kernel call of the selected sites, also after the user compiled the
         model, loaded an adapter or swapped processors since attaching."""
         models = list(self._find_models())
+        reasons = refusals(models, self.rows, has_scheduler=self._find_scheduler() is not None)
+        if reasons:
+            raise SteeringError(reasons)
         standing = {id(m) for m, restore in self._intercepted if intercepted(m, restore)}
         if [id(m) for m in models] != [id(m) for m, _ in self._intercepted] or len(standing) != len(models):
             for _, restore in self._intercepted:
@@ -199,6 +204,12 @@ class DiffusionSession:
     # ---- the perturbed lane ------------------------------------------------------------------------------------------
     def _on_step(self, model_output: Tensor) -> Tensor:
         """Add guidance to the prediction that the scheduler is about to use."""
+        plain = any(not plan.guides for row in self.rows for plan in row)
+        if len(self.rows) > 1 and plain and model_output.shape[0] != len(self.rows):
+            raise SteeringError(  # the forwards had to assume one row for each variant
+                f"{len(self.rows)} variants met {model_output.shape[0]} rows of latents: give one prompt per variant and "
+                "num_images_per_prompt=1."
+            )
         guiding = self._active(lambda plan: plan.guides)
         forward, self._forward = self._forward, None
         if not any(guiding):
@@ -349,20 +360,20 @@ def _reactors(rows: Sequence[tuple[Plan, ...]], site: Site) -> tuple[tuple[Any, 
     return tuple((plan.processor, plan.states[site]) for plan in plans.values())
 
 
-def refusals(target: Any, models: Sequence[torch.nn.Module], rows: Rows, has_scheduler: bool) -> list[str]:
-    """Why these plans cannot run on these denoisers; empty where they can."""
+def refusals(models: Sequence[torch.nn.Module], rows: Rows, has_scheduler: bool) -> list[str]:
+    """Why these plans cannot run on these denoisers; empty where they can. Asked at attach and when a run begins."""
     reasons = []
     plans = {id(plan): plan for row in rows for plan in row}.values()
     guiding = [type(plan.processor).__name__ for plan in plans if plan.guides]
     for model in map(unwrap, models):
         name = type(model).__name__
-        if guiding and getattr(model, "is_cache_enabled", False):
+        if getattr(model, "is_cache_enabled", False):
             reasons.append(f"{name} has a cache that skips attention on some steps: call disable_cache() first.")
         if getattr(model, "_parallel_config", None) is not None:
             reasons.append(f"{name} runs with context parallelism, which splits the token sequence: turn it off first.")
     if guiding and not has_scheduler:
         reasons.append(
-            f"{guiding[0]} guides where the scheduler steps, and a bare {type(target).__name__} has none: "
+            f"{guiding[0]} guides where the scheduler steps, and a bare {type(unwrap(models[0])).__name__} has none: "
             "attach to the pipeline, or pass scheduler=... from your own loop."
         )
     if any("image_free" in plan.processor.lanes for plan in plans):
