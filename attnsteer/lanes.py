@@ -9,7 +9,7 @@ from .errors import SteeringError
 
 @dataclass(frozen=True)
 class Lane:
-    """A contiguous group of batch rows with one role: ``cond``, ``uncond``, ``perturbed``, ``main``, ``image_free``, ..."""
+    """A contiguous group of batch rows with one role: ``cond``, ``uncond``, ``perturbed``, ``main``, ``image_free``."""
 
     name: str
     rows: slice
@@ -32,6 +32,6 @@ def cfg_lanes(batch: int, samples: int, parts: tuple[str, ...]) -> dict[str, Lan
     if batch != samples * len(parts):
         raise SteeringError(
             f"The denoiser ran {batch} rows for {samples} latents; this pipeline's layout is known for "
-            f"{samples} or {samples * len(parts)} rows ({', '.join(parts)}). Pass cfg=(...) to attach for another order."
+            f"{samples} or {samples * len(parts)} rows ({', '.join(parts)}). Pass cfg=(...) to attach for others."
         )
     return {name: Lane(name, slice(i * samples, (i + 1) * samples)) for i, name in enumerate(parts)}

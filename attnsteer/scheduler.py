@@ -1,8 +1,8 @@
 """From processors and variants to rows: who wants what, at which site, in which row of which forward pass.
 
-A *row* is one prompt of the batch. Each row has its own list of processors (its variant); a single list serves all rows.
-What all rows want at a site is merged into one set of edits with per-row weights, so that any mixture of strengths, heads
-and layers takes one kernel call (``edits.stack_rows``).
+A *row* is one prompt of the batch. Each row has its own list of processors (its variant); a single list serves all
+rows. What all rows want at a site is merged into one set of edits with per-row weights, so that any mixture of
+strengths, heads and layers takes one kernel call (``edits.stack_rows``).
 """
 
 from __future__ import annotations

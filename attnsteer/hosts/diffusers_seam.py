@@ -6,7 +6,7 @@ Three wrappers, installed for the processor classes that a model uses and inert 
 * ``F.scaled_dot_product_attention`` in the module that defines the processor (classic ``Attention`` processors);
 * the entries of the attention dispatcher's backend table (newer models; its layout is ``(B, N, H, D)``).
 
-The library's processors stay in place, so LoRA, IP-Adapter, fused projections, offloading and the chosen backend do too.
+The library's processors stay in place, and so do LoRA, IP-Adapter, fused projections, offloading and the backend.
 """
 
 from __future__ import annotations

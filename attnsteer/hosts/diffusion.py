@@ -207,8 +207,8 @@ class DiffusionSession:
         plain = any(not plan.guides for row in self.rows for plan in row)
         if len(self.rows) > 1 and plain and model_output.shape[0] != len(self.rows):
             raise SteeringError(  # the forwards had to assume one row for each variant
-                f"{len(self.rows)} variants met {model_output.shape[0]} rows of latents: give one prompt per variant and "
-                "num_images_per_prompt=1."
+                f"{len(self.rows)} variants met {model_output.shape[0]} rows of latents: give one prompt per variant "
+                "and num_images_per_prompt=1."
             )
         guiding = self._active(lambda plan: plan.guides)
         forward, self._forward = self._forward, None

@@ -127,7 +127,7 @@ def test_all_reasons_are_given_at_once() -> None:
     assert "scheduler=" in str(error.value)
 
 
-def test_a_denoiser_of_the_same_architecture_that_replaces_the_steered_one_is_steered_and_the_old_one_is_clean() -> (
+def test_a_replaced_denoiser_of_the_same_architecture_is_steered_and_the_old_one_is_clean() -> (
     None
 ):
     pipe = pipelines.build("sd15")
@@ -147,7 +147,7 @@ def test_a_denoiser_of_the_same_architecture_that_replaces_the_steered_one_is_st
     assert difference(before, state_of(old, new)) == []
 
 
-def test_a_denoiser_of_another_architecture_that_replaces_the_steered_one_is_refused() -> None:
+def test_a_replaced_denoiser_of_another_architecture_is_refused() -> None:
     pipe = pipelines.build("sd15")
     old, new = pipe.unet, denoisers.build("unet_sdxl")[0]
     before = state_of(old, new, scheduler=pipe.scheduler)
@@ -161,13 +161,11 @@ def test_a_denoiser_of_another_architecture_that_replaces_the_steered_one_is_ref
 
 def test_a_step_without_a_call_of_the_denoiser_is_an_error() -> None:
     pipe = pipelines.build("sd15")
-    pipe.scheduler.set_timesteps(2)
-    with (
-        attnsteer.steer(pipe, PAG(Where(layers=-1))),
-        pytest.raises(NotReachedError, match="the denoiser was not called through attnsteer in this step"),
-    ):
+    x = torch.zeros(1, 4, 6, 10)
+    with attnsteer.steer(pipe, PAG(Where(layers=-1))):
         pipe.scheduler.set_timesteps(2)
-        pipe.scheduler.step(torch.zeros(1, 4, 6, 10), pipe.scheduler.timesteps[0], torch.zeros(1, 4, 6, 10))
+        with pytest.raises(NotReachedError, match="the denoiser was not called through attnsteer in this step"):
+            pipe.scheduler.step(x, pipe.scheduler.timesteps[0], x)
 
 
 def test_a_pipeline_that_reshapes_the_prediction_is_refused() -> None:
