@@ -29,10 +29,10 @@ def reasons(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: boo
         found.append(
             "builds the whole map unless compiled: torch.compile the model, or call flex.attend(compiled=True)."
         )
+    if q.device.type == "cpu":
+        found.append("its compiled cpu kernel returns no log-sum-exp: use flex.output() where none is needed.")
     if q.dtype == torch.float64:
         found.append("no compiled kernel for float64.")
-    if q.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        found.append("no backward on cpu: use torch.no_grad().")
     if q.shape[1] % k.shape[1]:
         found.append(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key heads.")
     return found
@@ -53,22 +53,41 @@ def attend(
 
     Args:
         blocks: a block-sparse mask on top of ``mask``, from ``block_mask``.
-        compiled: run the compiled kernel although the caller is not being compiled.
+        compiled: run the compiled kernel although the caller is not being compiled (CUDA only).
     """
-    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+    from torch.nn.attention.flex_attention import AuxRequest
 
-    run: Any = _compiled() if compiled else flex_attention
-    output, aux = run(
-        q,
-        k,
-        v,
-        score_mod=_score_mod(mask, is_causal, k.shape[2] - q.shape[2]),
-        block_mask=blocks,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-        return_aux=AuxRequest(lse=True),
-    )
+    arguments = _arguments(q, k, mask, scale, is_causal, blocks)
+    output, aux = _kernel(compiled)(q, k, v, **arguments, return_aux=AuxRequest(lse=True))
     return output, aux.lse
+
+
+def output(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    blocks: BlockMask | None = None,
+    compiled: bool = False,
+) -> Tensor:
+    """The output alone, which the compiled kernel gives on CPU too (there without gradient)."""
+    return _kernel(compiled)(q, k, v, **_arguments(q, k, mask, scale, is_causal, blocks))
+
+
+def _arguments(
+    q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None, is_causal: bool, blocks: BlockMask | None
+) -> dict[str, Any]:
+    score_mod = _score_mod(mask, is_causal, k.shape[2] - q.shape[2])
+    return {"score_mod": score_mod, "block_mask": blocks, "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+
+
+def _kernel(compiled: bool) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return _compiled() if compiled else flex_attention
 
 
 @lru_cache(maxsize=1)
