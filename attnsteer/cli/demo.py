@@ -144,7 +144,7 @@ def _result(
 ) -> dict[str, Any]:
     plain, steered = seconds[False] / count, seconds[True] / count
     name = type(processor).__name__
-    say(f"  plain {plain:.3f} s a {unit}, {name} {steered:.3f} s a {unit}: {100 * (steered / plain - 1):+.0f} % time")
+    say(f"  plain {plain:.3f} s per {unit}, {name} {steered:.3f} s per {unit}: {100 * (steered / plain - 1):+.0f} % time")
     say(f"  {file}")
     return {
         "file": str(file),

@@ -1,0 +1,100 @@
+"""Every Python snippet of the README runs, every command line is understood, every link leads somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attnsteer.cli import parser
+from attnsteer.processors import available
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def test_python_snippets_run_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "readme"}
+    monkeypatch.setitem(sys.modules, "readme", type(sys)("readme"))
+    assert len(blocks("python")) >= 8
+    for code in blocks("python"):
+        exec(compile(code, "README.md", "exec"), namespace)
+    assert namespace["image"].size == (64, 64)
+    assert namespace["answer"]
+    assert namespace["processor_again"].strength == 0.25
+
+
+def test_command_lines_are_understood() -> None:
+    commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("attnsteer ")]
+    assert len(commands) >= 5
+    for line in commands:
+        parser().parse_args(shlex.split(line)[1:])
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make ([\w-]+)", "\n".join(blocks("bash")), re.MULTILINE):
+        assert f"\n{target}: " in makefile
+
+
+def test_links_inside_the_repository_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_processor_is_in_the_table() -> None:
+    for name in available():
+        assert f"| `{name}` |" in README
+
+
+def load(file: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"example_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_examples_explain_themselves(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = load(file)
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    text = capsys.readouterr().out
+    assert module.__doc__.splitlines()[0] in text
+    assert "--seed" in text
+
+
+SMALL = {
+    "softpag_pictures": ["--num-steps", "2", "--num-seeds", "1", "--strengths", "0.5"],
+    "vhr_answers": ["--num-scenes", "1"],
+    "variants_grid": ["--num-steps", "2", "--layers", "1", "2", "--strengths", "0", "1"],
+    "write_a_processor": ["--num-steps", "2"],
+}
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_examples_run(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    load(file).main(SMALL[file.stem])
+    printed = capsys.readouterr().out
+    if file.stem == "vhr_answers":
+        assert "plain" in printed
+        assert "VHR" in printed
+    else:
+        assert (tmp_path / "outputs" / f"{file.stem}.png").is_file()
