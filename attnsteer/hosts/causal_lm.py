@@ -27,7 +27,7 @@ from ..spans import KeySpans
 from . import transformers_seam
 from .base import intercept
 from .decoders import core, refusals, sites
-from .vlm_families import lockstep_inputs, vision_tokens
+from .vlm_families import lockstep_inputs, padding_id, vision_tokens, why_no_image_free_lane
 from .vlm_inputs import cache_length, execution_device, kept_positions, length, on_device, undisturbed
 
 __all__ = ["LanguageSession", "refusals", "sites"]
@@ -85,7 +85,7 @@ class LanguageSession:
     Args:
         target: the model, or ``torch.compile(model)``.
         rows: the plans of every row; one entry stands for all rows.
-        processor: the Hugging Face processor or tokenizer, for methods that look words up.
+        processor: the Hugging Face processor or tokenizer; it knows tokens that only wrap an image.
 
     Raises:
         SteeringError: every reason why this model cannot be steered.
@@ -103,6 +103,8 @@ class LanguageSession:
         self._active = tuple(tuple(plan for plan in row if not plan.processor.inert) for row in rows)
         self._plans = list({id(plan): plan for row in self._active for plan in row}.values())
         self._image_free = [plan for plan in self._plans if "image_free" in plan.processor.lanes]
+        if self._image_free and why_no_image_free_lane(self.model.config):
+            raise SteeringError(why_no_image_free_lane(self.model.config))
         self._removal = self._one_removal()
         self._modules = {site: self.model.get_submodule(site.name) for site in wanted_sites(self._active)}
         self._bindings = {site: Binding(site, phase="prefill") for site in self._modules}
@@ -114,7 +116,8 @@ class LanguageSession:
         self._phased = on["prefill"] != on["decode"]
         self._tables = {phase: self._table(phase, on[phase]) for phase in PHASES}
         needs_spans = any(plan.reacts and not plan.processor.token_agnostic for plan in self._plans)
-        self._spans = KeySpans(vision_tokens(self.model.config).image_mask) if needs_spans else None
+        self._tokens = vision_tokens(self.model.config, processor)
+        self._spans = KeySpans(self._tokens.image_mask) if needs_spans else None
         self._restore: list[Callable[[], None]] = []
         self._reached = False
         self._generating = False
@@ -240,8 +243,8 @@ class LanguageSession:
         """The decoder must not run without us knowing which prompt this is: heads of the last prompt would be used."""
         if not (torch.compiler.is_compiling() or self._inside or self._generating):
             raise SteeringError(
-                "The text decoder was called past the steered model (its base model, or code that was compiled around it), "
-                "so the heads of another prompt would be used: call model(...) or model.generate(...)."
+                "The text decoder was called past the steered model (its base model, or code compiled around it), so "
+                "heads of another prompt would be used: call model(...) or model.generate(...)."
             )
         return call(*args, **kwargs)
 
@@ -304,7 +307,8 @@ class LanguageSession:
         if not isinstance(given.get("input_ids"), Tensor):
             raise SteeringError("The image-free pass finds the image by its ids: give input_ids, not inputs_embeds.")
         inputs = {name: on_device(given[name], model.device) for name in given if name in self._names}
-        both, image, text = lockstep_inputs(inputs, model.config, self._removal)
+        pad = padding_id(model.config, self._tokens)
+        both, image, text = lockstep_inputs(inputs, self._tokens, pad, self._removal)
         if self._removal == "mask":
             both.update(kept_positions(model, both))
         if "logits_to_keep" in self._names:

@@ -7,18 +7,19 @@ family                image tokens                                 wrappers know
 llava, llava_next     ``image_token_index``; NeXT's row newlines   none
                       are image tokens themselves
 qwen2_vl .. qwen3_vl  ``image_token_id``, ``video_token_id``       ``vision_start_token_id``, ``vision_end_token_id``
-internvl              ``image_token_id``                           none (``<img>`` is known to the tokenizer alone)
-smolvlm, idefics3     ``image_token_id``                           none (``<row_1_col_1>`` and the like stay as text)
+internvl              ``image_token_id``                           none; its processor knows ``<img>``, ``</img>``
+smolvlm, idefics3     ``image_token_id``                           none; its processor knows ``<row_1_col_1>``, ...
 gemma3                ``image_token_index``                        ``boi_token_index``, ``eoi_token_index``
 paligemma             ``image_token_index`` (a prefix)             none
 ===================== ============================================ =================================================
 
-The names are tried on every config, so a new family that uses them needs no entry here; one that does not is added to
-the tuples. Names that a config lacks mean nothing.
+The names are tried on every config and, for wrappers, on the Hugging Face processor where the user gave one. So a new
+family that uses them needs no entry here; one that does not is added to the tuples. Missing names mean nothing.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,11 @@ WRAPPERS = (
     ),
     *("image_start_token_id", "image_end_token_id", "vision_bos_token_id", "vision_eos_token_id"),
 )
+PROCESSOR_WRAPPERS = (
+    *("start_image_token", "end_image_token", "boi_token", "eoi_token", "vision_start_token", "vision_end_token"),
+    *("fake_image_token", "global_image_token", "global_image_tag", "image_break_token", "image_end_token"),
+)
+TILE_MARKER = re.compile(r"<row_\d+_col_\d+>")
 PER_TOKEN = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 """Inputs ``(B, N)`` that go with the tokens; the pad value is 0. Everything else that is no mask belongs to the
 images."""
@@ -72,14 +78,30 @@ class VisionTokens:
         return torch.isin(ids, torch.tensor(self.wrappers, dtype=ids.dtype, device=ids.device))
 
 
-def vision_tokens(config: Any) -> VisionTokens:
-    """The family's token facts, read from its configuration."""
+def vision_tokens(config: Any, processor: Any = None) -> VisionTokens:
+    """The family's token facts, from its configuration and, where given, its Hugging Face processor."""
 
-    def ids(names: tuple[str, ...]) -> tuple[int, ...]:
+    def ids(names: tuple[str, ...]) -> set[int]:
         found = [getattr(config, name, None) for name in names]
-        return tuple(sorted({i for i in found if isinstance(i, int) and not isinstance(i, bool)}))
+        return {i for i in found if isinstance(i, int) and not isinstance(i, bool)}
 
-    return VisionTokens(ids(IMAGE_TOKENS), ids(WRAPPERS))
+    image, wrappers = ids(IMAGE_TOKENS), ids(WRAPPERS)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if hasattr(tokenizer, "get_vocab"):
+        marks = {getattr(owner, name, None) for owner in (processor, tokenizer) for name in PROCESSOR_WRAPPERS}
+        vocabulary = tokenizer.get_vocab()
+        wrappers |= {i for token, i in vocabulary.items() if token in marks or TILE_MARKER.fullmatch(token)}
+    return VisionTokens(tuple(sorted(image)), tuple(sorted(wrappers - image)))
+
+
+def why_no_image_free_lane(config: Any) -> list[str]:
+    """Reasons why a prompt cannot be run without its image next to the same prompt with it; empty where it can."""
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    if getattr(text, "cross_attention_layers", None):
+        return [
+            "The image enters this model by cross-attention, not as tokens of the prompt, so it cannot be taken out."
+        ]
+    return []
 
 
 def left_padded(inputs: Mapping[str, Any], mask: Tensor, keep: Tensor, pad: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -114,7 +136,9 @@ def padding_id(config: Any, tokens: VisionTokens) -> int:
     return next(i for i in range(len(taken) + 1) if i not in taken)
 
 
-def lockstep_inputs(inputs: Mapping[str, Any], config: Any, removal: str) -> tuple[dict[str, Any], Tensor, Tensor]:
+def lockstep_inputs(
+    inputs: Mapping[str, Any], tokens: VisionTokens, pad: int, removal: str
+) -> tuple[dict[str, Any], Tensor, Tensor]:
     """Inputs of ``2 B`` rows: the prompts as they are, then the same prompts without their images.
 
     Both lanes are padded on the left, so that both end at the same last position; rotary positions make the offset
@@ -122,13 +146,13 @@ def lockstep_inputs(inputs: Mapping[str, Any], config: Any, removal: str) -> tup
 
     Args:
         inputs: what the model was called with; needs ``input_ids``.
+        tokens, pad: what the image is made of, and an id for padding.
         removal: ``delete`` takes the image tokens and their wrappers out of the second lane; ``mask`` keeps its length
             and hides them as keys.
 
     Returns:
         The inputs, and bool ``(2 B, N)``: the image tokens, and the real tokens that are not image.
     """
-    tokens = vision_tokens(config)
     ids: Tensor = inputs["input_ids"]
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
@@ -142,7 +166,6 @@ def lockstep_inputs(inputs: Mapping[str, Any], config: Any, removal: str) -> tup
             "The prompt holds image tokens, but no pixels were given: the image-free pass needs the whole prompt with "
             "its pixels, also where a cache holds a part of it."
         )
-    pad = padding_id(config, tokens)
     main, real = left_padded(inputs, mask, torch.ones_like(ids, dtype=torch.bool), pad)
     image = tokens.image_mask(main["input_ids"]) & real
     drop = image | tokens.wrapper_mask(main["input_ids"]) & image.any(dim=1, keepdim=True)

@@ -233,6 +233,38 @@ def test_choice_layer_by_layer_equals_separate_passes(name: str) -> None:
         assert torch.equal(states[site]["factor"], factors[site.name])
 
 
+def test_the_plain_reference_is_not_reinforced() -> None:
+    model, make = vlms.build("llava")
+    inputs = make(1)
+    with attnsteer.steer(model, VHR(ALL_LAYERS, reference="plain")) as steering:
+        model(**inputs)
+        states = steering.states(steering.processors[0])
+    names = [site.name for site in states]
+    without = _head_outputs(model, names, _without_image(model, inputs, 0))  # one plain pass for all layers
+    factors: dict[str, Tensor] = {}
+    for site, state in states.items():
+        with _scaled(model, factors):
+            with_image = _head_outputs(model, [site.name], inputs)[site.name]
+        distance = (with_image - without[site.name]).norm(dim=-1)
+        torch.testing.assert_close(state["vhd"], distance, rtol=1e-4, atol=1e-6)
+        factors[site.name] = state["factor"]
+
+
+def test_a_window_that_does_not_reach_the_image_selects_nothing() -> None:
+    """Gemma 3's first layer sees 8 tokens; the second sees all; the third sees 8 tokens that have seen the image."""
+    model, make = vlms.build("gemma3")
+    inputs = make(1)
+    more = torch.randint(7, vlms.VOCABULARY, (1, 8))
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], more], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["token_type_ids"] = (inputs["input_ids"] == vlms.IMAGE).long()
+    with attnsteer.steer(model, VHR(ALL_LAYERS)) as steering:
+        model(**inputs)
+        states = list(steering.states(steering.processors[0]).values())
+    assert states[0]["vhd"].max() < 1e-5
+    assert [int(state["heads"].sum()) for state in states] == [0, 3, 3, 3]
+
+
 @pytest.mark.parametrize("name", vlms.NAMES)
 def test_generation_equals_the_manual_oracle(name: str) -> None:
     model, make = vlms.build(name)
