@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -83,11 +84,11 @@ def random_turn(scene: Scene, rng: np.random.Generator, pool: Sequence[str] = CO
     partner = find(present).partner
     if partner in absent and rng.random() < 0.3:
         missing = partner
-    if draw < 0.40:
+    if draw < 0.60:
         return exists(scene, present if rng.random() < 0.5 else missing)
-    if draw < 0.80:
+    if draw < 0.82:
         return DESCRIPTIONS[int(rng.integers(len(DESCRIPTIONS)))], describe(scene)
-    if draw < 0.90:
+    if draw < 0.93:
         return how_many(scene, (present, missing, "", "")[int(rng.integers(4))])
     return background(scene)
 
@@ -111,6 +112,7 @@ def corpus(count: int = 6000) -> Iterator[str]:
 CLIP_SPLIT = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
+@cache
 def clip_vocabulary(merges: int = 280) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges of a CLIP tokenizer: all bytes, all bytes as word ends, then the merges, then the ends.
 
@@ -129,19 +131,17 @@ def clip_vocabulary(merges: int = 280) -> tuple[dict[str, int], list[tuple[str, 
         vocab_size=5000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
     )
     tokenizer.train_from_iterator((line for line in corpus() if "background" in line and "." not in line), trainer)
-    learned = [tuple(pair) for pair in _merges(tokenizer)][:merges]
+    learned = _merges(tokenizer)[:merges]
     pieces = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in learned)]
     pieces = [*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"]
     return {piece: number for number, piece in enumerate(pieces)}, learned
 
 
 def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    return [
-        tuple(pair) if isinstance(pair, list) else tuple(pair.split(" "))
-        for pair in json.loads(tokenizer.to_str())["model"]["merges"]
-    ]
+    return [(pair[0], pair[1]) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
+@cache
 def t5_vocabulary(size: int) -> list[tuple[str, float]]:
     """Pieces and scores of a T5 tokenizer: <pad>, </s>, <unk>, then `size` pieces learned from the captions."""
     tokenizer = Tokenizer(models.Unigram())
@@ -158,6 +158,11 @@ def t5_vocabulary(size: int) -> list[tuple[str, float]]:
 
 def chat_tokenizer(size: int = 640) -> Tokenizer:
     """A byte-level BPE tokenizer for questions and answers; it has <image> and starts texts with <s>."""
+    return Tokenizer.from_str(_chat_tokenizer(size))
+
+
+@cache
+def _chat_tokenizer(size: int) -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -171,4 +176,4 @@ def chat_tokenizer(size: int = 640) -> Tokenizer:
     lines = (text for line in corpus() for text in (line, " " + line, "\n" + line, "USER: ", " ASSISTANT:"))
     tokenizer.train_from_iterator(lines, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return tokenizer
+    return tokenizer.to_str()

@@ -78,7 +78,7 @@ def test_one_weighted_zero_token_equals_many(tiny_vae: Path) -> None:
     tokens = words(["a dog", "two cats"], padding="max_length", return_tensors="pt").input_ids
     with torch.no_grad():
         model.transformer.set_attn_processor(sd3.BiasedAttention())
-        ours = model(latents, time, tokens, torch.tensor([5.0, 5.0]))
+        ours, _ = model(latents, time, tokens, torch.tensor([5.0, 5.0]))
         model.transformer.set_attn_processor(stock)
         outputs = [encoder(tokens, output_hidden_states=True) for encoder in model.encoders]
         sequence = torch.cat([output.hidden_states[-2] for output in outputs], -1)

@@ -36,6 +36,7 @@ from attnsteer.world.scenes import SIZE, Scene
 from attnsteer.world.train import loop
 from attnsteer.world.train.data import NUMBER, PATCH, PATCHES, edit_json, patch_labels, pixels
 
+FIRST = 5.0  # weight of an answer's first token, which says yes or no; the tokens after it mostly follow from it
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}USER: "
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -127,7 +128,8 @@ class Chat:
         def encode(string: str) -> list[int]:
             return words.encode(string, add_special_tokens=False)
 
-        self.encode, self.words, self.cache = encode, words, {}
+        self.encode, self.words = encode, words
+        self.cache: dict[text.Turn, tuple[list[int], list[int]]] = {}
         image = [words.convert_tokens_to_ids("<image>")] * PATCHES
         self.with_image = [words.bos_token_id, *encode("USER: "), *image, *encode("\n")]
         self.without_image = [words.bos_token_id, *encode("USER: ")]
@@ -158,13 +160,12 @@ class Chat:
             rows.append((ids, labels, places, group))
         length = max(len(row[0]) for row in rows)
         empty = (self.words.pad_token_id, -100, 0, -1)
-        ids, labels, places, groups = (
-            torch.tensor([row[k] + [empty[k]] * (length - len(row[k])) for row in rows]) for k in range(4)
-        )
+        table = [torch.tensor([row[k] + [empty[k]] * (length - len(row[k])) for row in rows]) for k in range(4)]
+        groups = table[3]
         mine, theirs = groups[:, :, None], groups[:, None, :]
         seen = ((theirs == mine) | (theirs == 0)) & torch.ones(length, length, dtype=torch.bool).tril()
         mask = torch.zeros(seen.shape).masked_fill_(~seen, torch.finfo(torch.float32).min)[:, None]
-        return {"input_ids": ids, "labels": labels, "position_ids": places, "attention_mask": mask}
+        return {"input_ids": table[0], "labels": table[1], "position_ids": table[2], "attention_mask": mask}
 
 
 # ---------------------------------------------------------------------------------------------------- stages
@@ -197,7 +198,7 @@ def look(model: Llava, options: argparse.Namespace, device: torch.device) -> Non
     tower.load_state_dict(mean.tower.state_dict())
 
 
-def talk(model: Llava, chat: Chat, options: argparse.Namespace, device: torch.device) -> nn.Module:
+def talk(model: Llava, chat: Chat, options: argparse.Namespace, device: torch.device) -> Llava:
     """Stage 2: train everything on answers."""
 
     def loss(step: int) -> torch.Tensor:
@@ -208,7 +209,7 @@ def talk(model: Llava, chat: Chat, options: argparse.Namespace, device: torch.de
     return loop.fit(model, loss, options, export=write, name="chat", blocks=("layers",))
 
 
-def habits(model: Llava, chat: Chat, options: argparse.Namespace, device: torch.device) -> nn.Module:
+def habits(model: Llava, chat: Chat, options: argparse.Namespace, device: torch.device) -> Llava:
     """Stage 3: the language prior. Even steps see pictures, odd steps only text about usual company."""
     model.model.vision_tower.requires_grad_(False)
 
@@ -246,7 +247,9 @@ def answer_loss(
     hidden = model.model(**batch, use_cache=False).last_hidden_state
     wanted = labels[:, 1:] != -100
     logits = model.lm_head(hidden[:, :-1][wanted])  # [answer tokens, vocabulary]
-    return nn.functional.cross_entropy(logits.float(), labels[:, 1:][wanted])
+    losses = nn.functional.cross_entropy(logits.float(), labels[:, 1:][wanted], reduction="none")
+    weights = 1 + (FIRST - 1) * (labels[:, :-1] == -100)[wanted].float()
+    return (losses * weights).sum() / weights.sum()
 
 
 def export(model: Llava, folder: Path) -> None:

@@ -12,9 +12,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def add_options(parser: argparse.ArgumentParser, *, steps: int, batch: int, rate: float, out: str) -> None:
@@ -97,16 +100,16 @@ def save(file: Path, **state: object) -> None:
 
 
 def fit(
-    model: nn.Module,
+    model: M,
     loss: Callable[[int], torch.Tensor],
     options: argparse.Namespace,
     *,
-    export: Callable[[nn.Module], None],
+    export: Callable[[M], object],
     weight_decay: float = 0.01,
     blocks: Sequence[str] = (),
     ema: float = 0.999,
     name: str = "state",
-) -> nn.Module:
+) -> M:
     """Train `model` and return the moving average of its weights.
 
     Args:
@@ -163,7 +166,8 @@ class Report:
     """Progress: a bar on a terminal, plain lines otherwise."""
 
     def __init__(self, start: int, steps: int, every: int) -> None:
-        self.steps, self.every, self.sum, self.seen = steps, max(1, every), 0.0, 0
+        self.steps, self.every, self.seen = steps, max(1, every), 0
+        self.sum: torch.Tensor | float = 0.0
         self.bar, self.since = None, time.time()
         if sys.stderr.isatty():
             from tqdm import tqdm

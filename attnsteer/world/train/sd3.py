@@ -119,9 +119,9 @@ class Painter(nn.Module):
         for name, parameter in self.transformer.named_parameters():
             if ("norm" in name and ".linear." in name) or name.startswith("proj_out"):
                 nn.init.zeros_(parameter)
-        for encoder in self.encoders:
-            nn.init.normal_(encoder.text_model.embeddings.token_embedding.weight, std=0.1)
-            nn.init.normal_(encoder.text_model.embeddings.position_embedding.weight, std=0.05)
+        for name, parameter in self.encoders.named_parameters():
+            if "embedding.weight" in name:
+                nn.init.normal_(parameter, std=0.1 if "token_embedding" in name else 0.05)
 
     def forward(
         self, latents: torch.Tensor, timestep: torch.Tensor, tokens: torch.Tensor, zeros: torch.Tensor
@@ -162,10 +162,10 @@ class BiasedAttention:
         def split(x: torch.Tensor) -> torch.Tensor:
             return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # [b, n, h d] -> [b, h, n, d]
 
-        query = [attn.norm_q(split(attn.to_q(hidden_states))), attn.norm_added_q(split(attn.add_q_proj(words)))]
-        key = [attn.norm_k(split(attn.to_k(hidden_states))), attn.norm_added_k(split(attn.add_k_proj(words)))]
-        value = [split(attn.to_v(hidden_states)), split(attn.add_v_proj(words))]
-        query, key, value = (torch.cat(parts, dim=2) for parts in (query, key, value))
+        queries = [attn.norm_q(split(attn.to_q(hidden_states))), attn.norm_added_q(split(attn.add_q_proj(words)))]
+        keys = [attn.norm_k(split(attn.to_k(hidden_states))), attn.norm_added_k(split(attn.add_k_proj(words)))]
+        values = [split(attn.to_v(hidden_states)), split(attn.add_v_proj(words))]
+        query, key, value = torch.cat(queries, 2), torch.cat(keys, 2), torch.cat(values, 2)
         logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
         weights = (logits.float() + bias).softmax(-1).to(value.dtype)
         mixed = (weights @ value).transpose(1, 2).flatten(2)  # [b, n, h d]

@@ -10,11 +10,12 @@ of 2,048 scenes are measured and `shift_factor` and `scaling_factor` set: the di
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny
-from torch import nn
 
 from attnsteer.world import scenes
 from attnsteer.world.catalog import CATEGORIES
@@ -37,9 +38,11 @@ def build(width: int = 32) -> AutoencoderTiny:
     )
 
 
-def pictures(seeds: list[tuple[int, ...]], device: torch.device, **how: object) -> tuple[torch.Tensor, torch.Tensor]:
+def pictures(
+    seeds: Sequence[tuple[int, ...]], device: torch.device, categories: Sequence[str] = scenes.CORE
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Scenes as float pictures [n, 3, 64, 64] in -1..1, and where objects are [n, 1, 64, 64] as 0 or 1."""
-    drawn = [scenes.sample(seed, **how) for seed in seeds]
+    drawn = [scenes.sample(seed, categories=categories) for seed in seeds]
     images = torch.from_numpy(np.stack([scene.array() for scene in drawn])).permute(0, 3, 1, 2)
     masks = torch.from_numpy(np.stack([scene.masks().any(0) for scene in drawn]))[:, None]
     return images.to(device, torch.float32) / 127.5 - 1, masks.to(device, torch.float32)
@@ -65,7 +68,7 @@ def measure(model: AutoencoderTiny, count: int = 2048, device: str = "cpu") -> t
     return float(everything.mean()), float(everything.std()), float(torch.stack(errors).mean())
 
 
-def export(model: nn.Module, options: argparse.Namespace) -> None:
+def export(model: AutoencoderTiny, options: argparse.Namespace) -> None:
     """Set the latent statistics and write the folder, in float16."""
     mean, deviation, error = measure(model.eval(), device=options.device)
     model.register_to_config(scaling_factor=1 / deviation, shift_factor=mean)
@@ -100,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
         output = model.decode(latent + NOISE * scale * noise).sample
         return reconstruction_loss(output, target, mask) + 1e-4 * latent.float().square().mean()
 
-    loop.fit(model, loss, options, export=lambda mean: export(mean, options), ema=0.995)
+    loop.fit(model, loss, options, export=partial(export, options=options), ema=0.995)
 
 
 if __name__ == "__main__":
