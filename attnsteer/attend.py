@@ -43,7 +43,8 @@ def attend(call: AttentionCall, edits: Sequence[Edit]) -> Tensor:
         SteeringError: edits that this call cannot carry; all reasons at once, before anything is computed.
     """
     edits = sorted(edits, key=_turn)
-    reasons = [reason for edit in edits for reason in refusals(call, edit)] + _conflicts(edits)
+    reasons = [reason for edit in edits for reason in refusals(call, edit)] + _mask_reasons(call, edits)
+    reasons += _conflicts(edits)
     if reasons:
         raise SteeringError(reasons)
     output, steered = call.output, call
@@ -88,6 +89,25 @@ def _shape_reasons(call: AttentionCall, shape: torch.Size, heads: tuple[int, ...
         f"{name} starts with shape {tuple(shape)}; at {call.site.name!r} give (rows, {allowed}), where rows divides "
         f"the batch of {batch}."
     ]
+
+
+def _mask_reasons(call: AttentionCall, edits: Sequence[Edit]) -> list[str]:
+    """Edits that look at logits must be able to read the mask; own values and scales need not."""
+    blind = all(
+        isinstance(e, Scale) or (isinstance(e, Mix) and (e.target, e.path) == (OwnValue(), "linear")) for e in edits
+    )
+    mask: object = call.mask
+    if mask is None or blind:
+        return []
+    if not isinstance(mask, Tensor):
+        return [
+            f"{call.site.name!r} has a {type(mask).__name__} for a mask, which cannot be read here: use a tensor mask."
+        ]
+    full = (call.q.shape[0], call.q.shape[1], call.q.shape[2], call.k.shape[2])
+    shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+    if len(shape) == 4 and all(size in (1, wanted) for size, wanted in zip(shape, full, strict=True)):
+        return []
+    return [f"The {tuple(mask.shape)} mask of {call.site.name!r} does not broadcast to (B, H, Nq, Nk) = {full}."]
 
 
 def _conflicts(edits: Sequence[Edit]) -> list[str]:

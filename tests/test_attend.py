@@ -199,6 +199,10 @@ def test_refusals_say_why():
     assert "(2, 6)" in refused(joint, Scale(torch.ones(2, 6)))
     assert "covers 12 keys" in refused(joint, KeyBias(torch.ones(1, 1, 12)))
     assert "do not compose" in refused(joint, KeyBias(torch.ones(1, 1, 13), "last"), Mix(MeanQuery(), one))
+    keys = call_of(joint.q, joint.k, joint.v, torch.ones(3, 13, dtype=torch.bool))  # (B, Nk): whose axis is the first?
+    keys._output = joint.output
+    assert "(3, 13) mask" in refused(keys, KeyBias(torch.ones(1, 1, 13)))
+    assert attend(keys, [Mix(OwnValue(), one)]).shape == joint.q.shape
     both = refused(joint, Scale(torch.ones(1, 5)), KeyBias(torch.ones(1, 1, 12)))
     assert both.count("\n- ") == 1  # every reason, not the first
 
