@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,6 +56,26 @@ def is_compiled(module: torch.nn.Module) -> bool:
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
     """The module behind ``torch.compile(module)``."""
     return getattr(module, "_orig_mod", module)
+
+
+@contextmanager
+def checkpoints(model: torch.nn.Module, carry: Callable[[Call], Call]) -> Iterator[None]:
+    """Inside, whatever diffusers recomputes in the backward pass (gradient checkpointing) is ``carry(block)``.
+
+    The recomputation happens long after the forward pass, so what steers it has to travel with the block.
+    """
+    attribute = "_gradient_checkpointing_func"
+    found = []
+    if torch.is_grad_enabled():
+        found = [m for m in unwrap(model).modules() if getattr(m, "gradient_checkpointing", False)]
+    originals = [vars(module)[attribute] for module in found]
+    for module, original in zip(found, originals, strict=True):
+        vars(module)[attribute] = lambda block, *args, original=original: original(carry(block), *args)
+    try:
+        yield
+    finally:
+        for module, original in zip(found, originals, strict=True):
+            vars(module)[attribute] = original
 
 
 def take_rows(value: Any, rows: torch.Tensor, batch: int) -> Any:

@@ -15,7 +15,8 @@ import functools
 import inspect
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -183,6 +184,18 @@ def arm(modules: list[torch.nn.Module]) -> None:
         if isinstance(getattr(definition, "F", None), types.ModuleType):
             _install(("functional", definition.__name__), definition, "F", _wrap_functional)
         _install(("processor", cls), cls, "__call__", lambda _inner, cls=cls: _wrap_processor(cls))
+
+
+@contextmanager
+def armed(modules: list[torch.nn.Module]) -> Iterator[None]:
+    """The wrappers for the length of a block, also after the last steering was detached."""
+    stray = not _restores
+    arm(modules)
+    try:
+        yield
+    finally:
+        if stray:
+            disarm()
 
 
 def disarm() -> None:

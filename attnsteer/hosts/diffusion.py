@@ -26,8 +26,8 @@ from ..logits import compute_dtype
 from ..scheduler import Plan, Rows, merge_edits, needs_grid, row_of, wanted_sites
 from ..site import Site
 from . import denoisers
-from .base import Call, copy_nest, intercept, intercepted, is_compiled, take_rows, unwrap
-from .diffusers_seam import arm
+from .base import Call, checkpoints, copy_nest, intercept, intercepted, is_compiled, take_rows, unwrap
+from .diffusers_seam import arm, armed
 
 PlanRows = tuple[tuple[Plan, ...], ...]
 
@@ -147,6 +147,8 @@ class DiffusionSession:
     def _around(self, model: torch.nn.Module, compiled: bool) -> Callable[..., Any]:
         def around(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._follow_scheduler()
+            if self._clock is None:  # nothing else says that a run begins
+                self._arm()
             inputs = _named(model, args, kwargs)
             if self._clock:
                 self._clock.enter(inputs.get("timestep"))
@@ -312,14 +314,11 @@ class DiffusionSession:
     @contextmanager
     def _steering(self, model: torch.nn.Module, bindings: dict[Site, Binding]) -> Iterator[None]:
         """Put the bindings on their modules for one forward, then check that each was reached."""
-        modules = {site: unwrap(model).get_submodule(site.name) for site in bindings}
-        for site, binding in bindings.items():
+        bound = [(unwrap(model).get_submodule(site.name), binding) for site, binding in bindings.items()]
+        for binding in bindings.values():
             binding.hit = False
-            setattr(modules[site], ATTRIBUTE, binding)
-        try:
+        with _carrying(bound), checkpoints(model, lambda block: _carrier(block, bound)):
             yield
-        finally:
-            self._clear(modules.values())
         missed = [site.name for site, binding in bindings.items() if not binding.hit]
         if missed:
             raise NotReachedError(
@@ -327,10 +326,31 @@ class DiffusionSession:
                 "attends through code that diffusers' attention backends do not see."
             )
 
-    @staticmethod
-    def _clear(modules: Any) -> None:
-        for module in modules:
-            module.__dict__.pop(ATTRIBUTE, None)
+
+@contextmanager
+def _carrying(bound: Sequence[tuple[torch.nn.Module, Binding]]) -> Iterator[None]:
+    """Inside, the modules carry their bindings."""
+    before = [vars(module).get(ATTRIBUTE) for module, _ in bound]
+    for module, binding in bound:
+        vars(module)[ATTRIBUTE] = binding
+    try:
+        yield
+    finally:
+        for (module, _), binding in zip(bound, before, strict=True):
+            if binding is None:
+                vars(module).pop(ATTRIBUTE, None)
+            else:
+                vars(module)[ATTRIBUTE] = binding
+
+
+def _carrier(block: Call, bound: Sequence[tuple[torch.nn.Module, Binding]]) -> Call:
+    """The block with the bindings of this forward, whenever it runs: the backward pass may come after detaching."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _carrying(bound), armed([module for module, _ in bound]):
+            return block(*args, **kwargs)
+
+    return run
 
 
 def _named(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

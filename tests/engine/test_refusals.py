@@ -127,9 +127,7 @@ def test_all_reasons_are_given_at_once() -> None:
     assert "scheduler=" in str(error.value)
 
 
-def test_a_replaced_denoiser_of_the_same_architecture_is_steered_and_the_old_one_is_clean() -> (
-    None
-):
+def test_a_replaced_denoiser_of_the_same_architecture_is_steered_and_the_old_one_is_clean() -> None:
     pipe = pipelines.build("sd15")
     old, new = pipe.unet, denoisers.build("unet_sd15", seed=1)[0]
     before = state_of(old, new)
