@@ -165,7 +165,7 @@ def paint(folder: Path, wanted: Sequence[str], steps: int, guidance: float, devi
     """One picture per prompt; picture i starts from the noise of seed i."""
     from diffusers import StableDiffusion3Pipeline
 
-    pipe = StableDiffusion3Pipeline.from_pretrained(folder).to(device)
+    pipe = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None).to(device)
     pipe.set_progress_bar_config(disable=True)
     pictures = []
     for first in range(0, len(wanted), 32):
