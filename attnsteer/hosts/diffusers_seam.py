@@ -135,6 +135,8 @@ def _wrap_backend(inner: Callable[..., Any]) -> Callable[..., Any]:
             )
 
         mask, scale, causal = kwargs.get("attn_mask"), kwargs.get("scale"), bool(kwargs.get("is_causal"))
+        if mask is not None and mask.dim() == 2:  # here (B, Nk), unlike in torch
+            mask = mask[:, None, None]
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         return _run(kernel, q, k, v, mask, scale, causal).transpose(1, 2)
 
