@@ -257,7 +257,7 @@ def _processors_of(variant: Variant | Sequence[Processor] | Processor | None) ->
         return []
     if isinstance(variant, Processor):
         return [variant]
-    return list(getattr(variant, "processors", variant))
+    return list(variant) if isinstance(variant, Sequence) else list(variant.processors)
 
 
 def _names(processors: Sequence[Processor]) -> str:

@@ -170,8 +170,10 @@ def _guidance_facts(target: Any, guiding: Any, shape: Mapping[str, int]) -> dict
         "extra": f"in each guided step one more forward of the conditional rows ({lanes} for each picture)",
         "extra_rows": lanes,
     }
-    stages = denoisers.stages(model, family) if family else []
-    why = why_no_fork(stages, {}, (), is_compiled(model)) if family else "the family has no descriptor"
+    if family is None:
+        return facts | {"fork": "nothing is shared: the family has no descriptor"}
+    stages = denoisers.stages(model, family)
+    why = why_no_fork(stages, {}, (), is_compiled(model))
     before = [] if why else stages_before(stages, [site.name for site in wanted_sites(guiding)])
     if before:
         facts["fork"] = f"enters before {stages[len(before)][0]}: {len(before)} of {len(stages)} stages are shared"

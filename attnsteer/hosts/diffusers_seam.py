@@ -76,9 +76,7 @@ def _run(
     return intervene(frame.binding, kernel, q, k, v, mask, scale, causal)
 
 
-def _wrap_processor(cls: type) -> Any:
-    inner = cls.__call__
-
+def _wrap_processor(inner: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Any, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         binding = getattr(attn, ATTRIBUTE, None)
         if binding is None:
@@ -185,7 +183,7 @@ def arm(modules: list[torch.nn.Module]) -> None:
         definition = sys.modules[cls.__module__]
         if isinstance(getattr(definition, "F", None), types.ModuleType):
             _install(("functional", definition.__name__), definition, "F", _wrap_functional)
-        _install(("processor", cls), cls, "__call__", lambda _inner, cls=cls: _wrap_processor(cls))
+        _install(("processor", cls), cls, "__call__", _wrap_processor)
 
 
 @contextmanager

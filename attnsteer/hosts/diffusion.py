@@ -336,11 +336,11 @@ def _carrying(bound: Sequence[tuple[torch.nn.Module, Binding]]) -> Iterator[None
     try:
         yield
     finally:
-        for (module, _), binding in zip(bound, before, strict=True):
-            if binding is None:
+        for (module, _), outer in zip(bound, before, strict=True):
+            if outer is None:
                 vars(module).pop(ATTRIBUTE, None)
             else:
-                vars(module)[ATTRIBUTE] = binding
+                vars(module)[ATTRIBUTE] = outer
 
 
 def _carrier(block: Call, bound: Sequence[tuple[torch.nn.Module, Binding]]) -> Call:
