@@ -185,7 +185,7 @@ def _download(repository: str) -> tuple[Path, Path | None]:
 
     try:
         file = Path(hf_hub_download(repository, CONFIG_NAME))
-    except (OSError, HFValidationError) as error:
+    except (OSError, EntryNotFoundError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SteeringError(f"No folder {repository!r}, and no {CONFIG_NAME} from the hub: {reason}") from error
     try:

@@ -1,4 +1,4 @@
-"""Settings for all tests: one thread, no network, quiet libraries, and nothing left behind."""
+"""Settings for all tests: one thread, no network, quiet libraries, and the same random numbers every time."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["DIFFUSERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)

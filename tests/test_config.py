@@ -212,6 +212,33 @@ def test_nothing_there(tmp_path: Path) -> None:
         load_processors(tmp_path)
 
 
+def test_a_configuration_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    direction = torch.randn(2)
+    save_processors([SoftPAG(strength=0.25), Everything(direction=direction)], tmp_path)
+
+    def download(repository: str, name: str) -> str:
+        assert repository == "someone/steering"
+        if not (tmp_path / name).is_file():
+            raise EntryNotFoundError(name)
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    first, second = load_processors("someone/steering")
+    assert first == SoftPAG(strength=0.25)
+    assert isinstance(second, Everything)
+    assert second.direction is not None
+    assert torch.equal(second.direction, direction)
+    save_processors([SoftPAG(strength=0.25)], tmp_path)
+    (tmp_path / TENSORS_NAME).unlink()
+    assert load_processors("someone/steering") == [SoftPAG(strength=0.25)]
+    (tmp_path / CONFIG_NAME).unlink()
+    with pytest.raises(SteeringError, match="No folder 'someone/steering', and no attnsteer_config.json from the hub"):
+        load_processors("someone/steering")
+
+
 def test_what_cannot_be_written(tmp_path: Path) -> None:
     @dataclass(frozen=True)
     class Stranger(Processor):
@@ -232,7 +259,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from(["where", "strength", "path", "processor", "names", "table", "span"]), JSON)
 def test_any_other_value_is_read_or_refused_but_never_breaks(key: str, value: Any) -> None:
     name = "Everything" if key in ("names", "table", "span") else "SoftPAG"
