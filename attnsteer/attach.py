@@ -178,7 +178,7 @@ def sites(target: Any) -> list[Site]:
     return found
 
 
-# ---- worlds ------------------------------------------------------------------------------------------------------------
+# ---- worlds ----------------------------------------------------------------------------------------------------------
 def _lineage(obj: Any) -> set[tuple[str, str]]:
     """Library and name of every class of an object, so that no library is imported to ask."""
     return {(cls.__module__.partition(".")[0], cls.__name__) for cls in type(obj).__mro__}

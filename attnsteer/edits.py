@@ -3,8 +3,8 @@
 Every weight is a float32 tensor whose first axis is the batch row (or 1 for all rows) and whose second is the head, so
 that variants of a method share one kernel call. A weight of 0 leaves that row and head untouched, bit for bit.
 
-Order of composition at one site (``ORDER``): replace q, k, v; then masks and biases; then further key segments; then
-``Mix``; then ``Scale``. The edits ``Replace``, ``ClassMask``, ``LogitEdit``, ``Segments`` and ``Redistribute`` join this
+Order of composition at one site (``ORDER``): replace q, k, v; then masks and biases; then further key segments;
+then ``Mix``; then ``Scale``. The edits ``Replace``, ``ClassMask``, ``LogitEdit``, ``Segments`` and ``Redistribute`` join this
 table together with the first method that needs them.
 """
 
@@ -25,8 +25,8 @@ Path = Literal["linear", "chord", "slerp", "log_linear"]
 
 @dataclass(frozen=True)
 class OwnValue:
-    """Each query attends to itself alone: ``o_i = v_i`` (PAG, SoftPAG). In joint sequences ``text`` says what becomes of
-    the text keys: ``drop`` (identity map), ``logit`` (softmax over own key and text keys) or ``renorm`` (the image mass
+    """Each query attends to itself alone: ``o_i = v_i`` (PAG, SoftPAG). In joint sequences ``text`` says what becomes
+    of the text keys: ``drop`` (identity map), ``logit`` (softmax over own key and text keys) or ``renorm`` (the image mass
     moves to the own key, text weights stay)."""
 
     text: Literal["drop", "logit", "renorm"] = "drop"
@@ -67,7 +67,7 @@ class Mix:
         target: what to mix in.
         weight: ``(R, H)`` float32 in [0, 1]; R is the number of batch rows or 1.
         tokens: the query tokens that change; the others keep the plain output.
-        path: how to go from the plain map (0) to the target (1); all but ``linear`` are defined for ``OwnValue()`` only.
+        path: how to go from the plain map (0) to the target (1); all but ``linear`` are for ``OwnValue()`` only.
     """
 
     target: Target

@@ -1,4 +1,4 @@
-"""``Processor``: one published method with its parameters. It says what it wants at a site and computes no attention."""
+"""``Processor``: one published method with its parameters. It says what it wants and computes no attention."""
 
 from __future__ import annotations
 

@@ -58,8 +58,8 @@ class Spans:
 class AttentionCall:
     """One kernel call: q, k, v are projected, normalised and rotated; heads are not yet merged.
 
-    Shapes: q ``(B, H, Nq, D)``, k ``(B, Hkv, Nk, D)``, v ``(B, Hkv, Nk, Dv)``; mask bool (True = keep) or additive float,
-    broadcastable to ``(B, H, Nq, Nk)``, or None. ``lanes`` names groups of rows, e.g. ``{"main": slice(0, 2)}``.
+    Shapes: q ``(B, H, Nq, D)``, k ``(B, Hkv, Nk, D)``, v ``(B, Hkv, Nk, Dv)``; mask bool (True = keep) or additive
+    float, broadcastable to ``(B, H, Nq, Nk)``, or None. ``lanes`` names groups of rows, e.g. ``{"main": slice(0, 2)}``.
     ``state`` lives as long as one generation and belongs to one (processor, site).
     """
 

@@ -44,9 +44,9 @@ class Where:
             sites of the kind that the processor acts on; names select exactly the sites that they match.
         heads: ``"all"``, an int, a list of ints, or a mapping from layer (int, name or glob) to heads; with a mapping
             and ``layers="all"`` its keys are the layers.
-        steps: ``"all"``; a ``(start, stop)`` pair of floats, fractions of the schedule with ``start <= i / n < stop``; an
-            int, slice or list of ints (positions in ``scheduler.timesteps``); ``{"sigma": (low, high)}`` for noise levels
-            ``low <= sigma < high``; for language models ``"prefill"`` or ``"decode"``.
+        steps: ``"all"``; a ``(start, stop)`` pair of floats, fractions of the schedule with ``start <= i / n < stop``;
+            an int, slice or list of ints (positions in ``scheduler.timesteps``); ``{"sigma": (low, high)}`` for noise
+            levels ``low <= sigma < high``; for language models ``"prefill"`` or ``"decode"``.
 
     Raises:
         WhereError: where a value is none of these, or (from ``select``) where nothing matches.

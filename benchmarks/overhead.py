@@ -4,8 +4,8 @@
     python benchmarks/overhead.py --device cuda --dtype bfloat16 --log benchmarks/logs/overhead-cuda.json
     python benchmarks/overhead.py --diffusion stabilityai/stable-diffusion-3-medium-diffusers --size 1024 --device cuda
 
-Every case is timed ``--repeats`` times in turns with its baseline, so that a slow moment hits both. The log holds the command,
-versions, hardware, seeds and every raw time.
+Every case is timed ``--repeats`` times in turns with its baseline, so that a slow moment hits both. The log holds the
+command, versions, hardware, seeds and every raw time.
 """
 
 from __future__ import annotations
