@@ -4,8 +4,8 @@ Every weight is a float32 tensor whose first axis is the batch row (or 1 for all
 that variants of a method share one kernel call. A weight of 0 leaves that row and head untouched, bit for bit.
 
 Order of composition at one site (``ORDER``): replace q, k, v; then masks and biases; then further key segments;
-then ``Mix``; then ``Scale``. The edits ``Replace``, ``ClassMask``, ``LogitEdit``, ``Segments`` and ``Redistribute`` join this
-table together with the first method that needs them.
+then ``Mix``; then ``Scale``. ``Replace``, ``ClassMask``, ``LogitEdit``, ``Segments`` and ``Redistribute`` join this table
+together with the first method that needs them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Path = Literal["linear", "chord", "slerp", "log_linear"]
 @dataclass(frozen=True)
 class OwnValue:
     """Each query attends to itself alone: ``o_i = v_i`` (PAG, SoftPAG). In joint sequences ``text`` says what becomes
-    of the text keys: ``drop`` (identity map), ``logit`` (softmax over own key and text keys) or ``renorm`` (the image mass
-    moves to the own key, text weights stay)."""
+    of the text keys: ``drop`` (identity map), ``logit`` (softmax over own key and text keys) or ``renorm`` (the image
+    mass moves to the own key, text weights stay)."""
 
     text: Literal["drop", "logit", "renorm"] = "drop"
 

@@ -43,7 +43,8 @@ def run_variants(
     """Generate one prompt with every variant and every seed, many rows at a time.
 
     All variants of a seed start from the same noise. A batch mixes strengths, heads, layers, methods and plain rows;
-    the rows do not influence each other (up to what another batch size changes in the plain model, about 1e-6 in float32).
+    the rows do not influence each other (up to what another batch size changes in the plain model, about 1e-6 in
+    float32).
 
     Args:
         pipe: a Diffusers pipeline to which nothing is attached.
