@@ -32,10 +32,11 @@ def set_attn_processor(self: Any, *processors: Any, **options: Any) -> Steering 
         The handle of ``attnsteer.attach``; None where nothing of attnsteer is attached.
 
     Raises:
-        SteeringError: every reason why this cannot be done; the pipeline is then as it was.
+        SteeringError: every reason why this cannot be done; what was set before then stays.
     """
     from .attach import attach, attached_to, models_of
     from .errors import SteeringError
+    from .explain import explain_plan
     from .processor import Processor
 
     given = _flat(processors)
@@ -46,6 +47,9 @@ def set_attn_processor(self: Any, *processors: Any, **options: Any) -> Steering 
         raise SteeringError(f"{', '.join(options)} means nothing to stock processors: leave it out.")
     before = attached_to(self)
     if before is not None:
+        refused = explain_plan(self, *own).refused if own else []
+        if refused:
+            raise SteeringError(refused)
         before.detach()
     if own:
         return attach(self, *own, **options)

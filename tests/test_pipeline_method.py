@@ -75,7 +75,7 @@ def test_refusals_leave_the_pipeline_alone() -> None:
 
     pipe = pipelines.build("sd15")
     steering = pipe.set_attn_processor(Uniform())
-    for bad in [(), ([],), (Uniform(), AttnProcessor()), (None, Uniform())]:
+    for bad in [(), ([],), (Uniform(), AttnProcessor()), (None, Uniform()), (Uniform(attnsteer.Where(layers=99)),)]:
         with pytest.raises(SteeringError):
             pipe.set_attn_processor(*bad)
     with pytest.raises(SteeringError, match="cfg"):
