@@ -64,19 +64,28 @@ class _Silent(Processor):
         return None
 
 
-class _Generate:
-    """``generate`` of a steered model. A deep copy of the model gets the plain method, bound to the copy."""
+class _Method:
+    """A method of one model, replaced. A deep copy of the model gets the plain method, bound to the copy."""
 
-    def __init__(self, session: LanguageSession, plain: Callable[..., Any]):
-        functools.update_wrapper(self, plain)
-        self._session, self._plain = session, plain
+    def __init__(self, model: Any, name: str, handler: Callable[..., Any]):
+        self._model, self._name, self._handler = model, name, handler
+        self._previous, self.plain = model.__dict__.get(name), getattr(model, name)
+        functools.update_wrapper(self, self.plain)
+        model.__dict__[name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._session._generate(self._plain, args, kwargs)
+        return self._handler(self.plain, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copy = memo.get(id(self._session.model))
-        return self._plain if copy is None else types.MethodType(type(copy).generate, copy)
+        copy = memo.get(id(self._model))
+        return self.plain if copy is None else types.MethodType(getattr(type(copy), self._name), copy)
+
+    def restore(self) -> None:
+        """Put back what was there, unless somebody has replaced it since."""
+        if self._model.__dict__.get(self._name) is self:
+            del self._model.__dict__[self._name]
+            if self._previous is not None:
+                self._model.__dict__[self._name] = self._previous
 
 
 class LanguageSession:
@@ -134,8 +143,9 @@ class LanguageSession:
         if self._bindings:
             for module in dict.fromkeys((self.model, self.target)):
                 self._restore.append(intercept(module, self._around))
-            if hasattr(self.model, "generate"):
-                self._restore.append(self._wrap_generate())
+            for name, handler in (("generate", self._generate), ("get_compiled_call", self._get_compiled_call)):
+                if hasattr(self.model, name):
+                    self._restore.append(_Method(self.model, name, handler).restore)
             if self._image_free or self._spans is not None or self._phased:
                 self._restore.append(intercept(self.model.get_decoder(), self._guard))
 
@@ -156,8 +166,7 @@ class LanguageSession:
         return asked[0] if asked else "delete"
 
     def _table(self, phase: Phase, on: Mapping[int, bool]) -> Table:
-        """Static edits and reacting processors of every site, in one phase. ``on``: by id of the plan, whether it
-        acts."""
+        """Static edits and reacting processors of every site in a phase; ``on`` says which plans act, by their id."""
         table: Table = {}
         for site, module in self._modules.items():
             device = execution_device(module)
@@ -184,18 +193,6 @@ class LanguageSession:
             binding.phase = phase
 
     # ---- the user's calls --------------------------------------------------------------------------------------------
-    def _wrap_generate(self) -> Callable[[], None]:
-        mine, previous = self.model.__dict__, self.model.__dict__.get("generate")
-        wrapped = mine["generate"] = _Generate(self, self.model.generate)
-
-        def restore() -> None:
-            if mine.get("generate") is wrapped:
-                del mine["generate"]
-                if previous is not None:
-                    mine["generate"] = previous
-
-        return restore
-
     def _generate(self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._generating:  # an assisted generation asks the model itself for candidates
             return plain(*args, **kwargs)
@@ -211,6 +208,11 @@ class LanguageSession:
         finally:
             self._generating = False
             self._set_phase("prefill")
+
+    def _get_compiled_call(self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``generate`` compiles decode steps by itself where the cache is static; phase and spans are set outside."""
+        compiled = plain(*args, **kwargs)
+        return lambda *a, **k: self._around(compiled, a, k)
 
     def _around(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling() or self._inside:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 import attnsteer
-from attnsteer import Where
+from attnsteer import AttentionCall, KeyBias, Processor, Where
 from attnsteer.processors.vhr import VHR
 from tests.tiny import vlms
 
@@ -56,13 +57,8 @@ def _static(model: Any, inputs: dict[str, Any]) -> Tensor:
     return torch.stack(out.logits)
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen25", "gemma3"])
-def test_compiled_decoding_with_a_static_cache_takes_one_more_graph_in_all(name: str, counted: Any) -> None:
-    """What generate() does by itself on a GPU: prefill as it is, decode as one full graph."""
-    backend, graphs = counted
-    model, make = vlms.build(name)
-    inputs = make(2, left_padding=True)
-    expected = _eager(name, inputs, lambda m: _static(m, inputs))
+def _compile_decoding(model: Any, backend: Callable[..., Any]) -> None:
+    """Make generate() do on a CPU what it does on a GPU."""
     compiled: list[Any] = []
 
     def get_compiled_call(config: Any) -> Any:
@@ -72,6 +68,41 @@ def test_compiled_decoding_with_a_static_cache_takes_one_more_graph_in_all(name:
 
     model._valid_auto_compile_criteria = lambda *_: True
     model.get_compiled_call = get_compiled_call
+
+
+@dataclass(frozen=True)
+class BoostLatest(Processor):
+    """Needs up-to-date spans in every step: the text keys get a bias that differs from that of the image keys."""
+
+    kinds = ("causal",)
+
+    def react(self, call: AttentionCall) -> KeyBias:
+        return KeyBias((call.spans.text.float() - 2 * call.spans.image.float())[:, None])
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_spans_follow_compiled_decoding(name: str, counted: Any) -> None:
+    backend, graphs = counted
+    model, make = vlms.build(name)
+    inputs = make(2, left_padding=True)
+    with attnsteer.steer(model, BoostLatest()):
+        expected = _static(model, inputs)
+    _compile_decoding(model, backend)
+    with attnsteer.steer(model, BoostLatest()):
+        torch.testing.assert_close(_static(model, inputs), expected, rtol=1e-4, atol=1e-4)
+        before = len(graphs)
+        _static(model, inputs)
+    assert len(graphs) == before > 0
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen25", "gemma3"])
+def test_compiled_decoding_with_a_static_cache_takes_one_more_graph_in_all(name: str, counted: Any) -> None:
+    """What generate() does by itself on a GPU: prefill as it is, decode as one full graph."""
+    backend, graphs = counted
+    model, make = vlms.build(name)
+    inputs = make(2, left_padding=True)
+    expected = _eager(name, inputs, lambda m: _static(m, inputs))
+    _compile_decoding(model, backend)
     _static(model, inputs)
     before = len(graphs)
     counts = _toggle(model, lambda: _static(model, inputs), expected, graphs)

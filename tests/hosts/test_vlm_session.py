@@ -85,7 +85,8 @@ def _state_of(model: Any) -> tuple[Any, ...]:
     """Everything on a model that steering touches."""
     marks = [name for name, m in model.named_modules() if {"_steer", "_compiled_call_impl"} & set(m.__dict__)]
     hooks = [name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
-    return marks, hooks, model.__dict__.get("generate"), model.training
+    methods = [model.__dict__.get(name) for name in ("generate", "get_compiled_call")]
+    return marks, hooks, methods, model.training
 
 
 # ---- the same tokens as the oracle, however the user generates -------------------------------------------------------
@@ -360,7 +361,7 @@ def test_prompts_without_ids_or_pixels_are_refused_with_a_reason() -> None:
             model(inputs_embeds=model.get_input_embeddings()(inputs["input_ids"]))
         with pytest.raises(SteeringError, match="pixels"):
             model(input_ids=inputs["input_ids"])
-    assert _state_of(model) == ([], [], None, False)
+    assert _state_of(model) == ([], [], [None, None], False)
 
 
 def test_a_plain_edit_works_with_embeddings_only() -> None:
@@ -388,7 +389,7 @@ def test_an_exception_in_the_middle_of_a_generation_leaves_the_model_clean() -> 
         model.generate(**inputs, **GREEDY)
     assert _state_of(model) == before
     assert before[0] == []
-    assert before[2] is None
+    assert before[2] == [None, None]
     assert torch.equal(model.generate(**inputs, **GREEDY), plain)
 
 
