@@ -48,7 +48,7 @@ class Steering:
         session.owner = (
             self  # the interceptions hold the session: a steering lives as long as its target, or until detached
         )
-        self._keys = [id(obj) for obj in (target, *models)]
+        self._keys = _keys(target, models)
 
     @property
     def plans(self) -> list[Plan]:
@@ -130,7 +130,7 @@ def attach(
         if not isinstance(item, Processor):
             raise SteeringError(f"{item!r} is not an attnsteer processor; stock processors go to set_attn_processor.")
     models = models_of(target)
-    if any(id(obj) in _attached for obj in (target, *models)):
+    if any(key in _attached for key in _keys(target, models)):
         raise SteeringError(
             f"{type(target).__name__} is steered already: detach it first, or attach all processors at once."
         )
@@ -258,6 +258,11 @@ def _processors_of(variant: Variant | Sequence[Processor] | Processor | None) ->
     if isinstance(variant, Processor):
         return [variant]
     return list(variant) if isinstance(variant, Sequence) else list(variant.processors)
+
+
+def _keys(target: Any, models: Sequence[torch.nn.Module]) -> list[int]:
+    """The ids of everything that a steering occupies; a compiled model is the model that it was made from."""
+    return [id(obj) for obj in (target, *models, *(getattr(model, "_orig_mod", model) for model in models))]
 
 
 def _names(processors: Sequence[Processor]) -> str:

@@ -91,6 +91,8 @@ class DiffusionSession:
         self._follow_scheduler()
 
     def stop(self) -> None:
+        lost = [type(m).__name__ for m, restore in self._intercepted if not intercepted(m, restore)]
+        bare = self._clock is None
         for _, restore in self._intercepted:
             restore()
         self._intercepted.clear()
@@ -100,6 +102,11 @@ class DiffusionSession:
         self._forward = None
         self._prepared.clear()
         self._constants.clear()
+        if lost and bare:  # with a scheduler the next run would have noticed
+            raise NotReachedError(
+                f"{lost[0]} was compiled in place after attaching, so nothing was steered since: "
+                "compile first, then attach."
+            )
 
     def _arm(self) -> None:
         """See every call of the denoisers and every kernel call of the selected sites, also after the user compiled the
