@@ -14,8 +14,8 @@ the image:
 Layer by layer: VHD of a layer is measured with all earlier layers already reinforced. Paper: alpha = 2, layers "the
 second and the last 14" of 32. ``std`` is unbiased, the median the lower one.
 
-Fused form: one multiply of the kernel's output; no attention map. Cost: one prefill of the prompt with and without its
-image before the generation, then one multiply per layer and step.
+Fused form: one multiply of the kernel's output; no attention map. Cost: before the generation one prefill of twice the
+rows (with and without image, of the same length), then one multiply per layer and step.
 Limits: more than 14 last layers or alpha 4 break the text (a low CHAIR score then means nothing). The paper leaves open
 whether the image-free branch is reinforced too, and how the image is removed; both are parameters.
 """

@@ -1,11 +1,8 @@
-"""A steered language model in use: phases, spans, rows, caches, beams, sampling, exceptions."""
+"""A steered language model in use: ways to generate, rows, exceptions, copies, adapters."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,81 +10,11 @@ import torch
 from torch import Tensor
 
 import attnsteer
-from attnsteer import AttentionCall, Processor, SteeringError, Where
-from attnsteer.edits import Edit, KeyBias, Scale
+from attnsteer import AttentionCall, SteeringError, Where
 from attnsteer.processors.vhd import VHD
 from attnsteer.processors.vhr import VHR
+from tests.hosts.common import GREEDY, Look, ScaleAll, factors_of, scaled, state_of
 from tests.tiny import vlms
-
-GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-EVERYWHERE = Where(layers="all")
-
-
-@dataclass(frozen=True)
-class Look(Processor):
-    see: Callable[[AttentionCall], Any] = print
-    kinds = ("causal",)
-    token_agnostic = False  # so that spans are provided
-
-    def react(self, call: AttentionCall) -> Edit | None:
-        self.see(call)
-        return None
-
-
-@dataclass(frozen=True)
-class ScaleAll(Processor):
-    factor: float = 2.0
-    kinds = ("causal",)
-    token_agnostic = True
-
-    def plan(self, site: Any, heads: tuple[int, ...]) -> Edit | None:
-        weight = torch.ones(1, site.heads)
-        weight[:, list(heads)] = self.factor
-        return Scale(weight)
-
-
-@dataclass(frozen=True)
-class BoostImage(Processor):
-    """The logits of image keys plus ``bias``: needs the spans of every call."""
-
-    bias: float = 1.0
-    kinds = ("causal",)
-
-    def react(self, call: AttentionCall) -> Edit | None:
-        return KeyBias(self.bias * call.spans.image[:, None].float())
-
-
-@contextmanager
-def _scaled(model: Any, factors: dict[str, Tensor]) -> Iterator[None]:
-    """Manual oracle: each head's slice multiplied in front of the output projection; factors ``(B, H)``."""
-    handles = []
-    for name, factor in factors.items():
-
-        def hook(module: Any, args: tuple[Tensor], factor: Tensor = factor) -> tuple[Tensor]:
-            x = args[0]
-            per_row = factor.repeat_interleave(x.shape[0] // factor.shape[0], 0)
-            return (x * per_row.repeat_interleave(x.shape[-1] // factor.shape[1], 1)[:, None],)
-
-        handles.append(model.get_submodule(name).o_proj.register_forward_pre_hook(hook))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _factors(steering: Any, number: int = 0) -> dict[str, Tensor]:
-    states = steering.states(steering.processors[number])
-    return {site.name: state["factor"] for site, state in states.items()}
-
-
-def _state_of(model: Any) -> tuple[Any, ...]:
-    """Everything on a model that steering touches."""
-    marks = [name for name, m in model.named_modules() if {"_steer", "_compiled_call_impl"} & set(m.__dict__)]
-    hooks = [name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
-    methods = [model.__dict__.get(name) for name in ("generate", "get_compiled_call")]
-    return marks, hooks, methods, model.training
-
 
 # ---- the same tokens as the oracle, however the user generates -------------------------------------------------------
 WAYS: dict[str, dict[str, Any]] = {
@@ -120,8 +47,8 @@ def test_every_way_to_generate_equals_the_oracle(name: str, way: str) -> None:
 
     with attnsteer.steer(model, VHR()) as steering:
         steered = run()
-        factors = _factors(steering)
-    with _scaled(model, factors):
+        factors = factors_of(steering)
+    with scaled(model, factors):
         assert torch.equal(steered, run())
 
 
@@ -148,11 +75,11 @@ def test_left_padded_rows_equal_solo_runs(name: str) -> None:
     width = inputs["input_ids"].shape[1]
     with attnsteer.steer(model, VHR()) as steering:
         together = model.generate(**inputs, **GREEDY)[:, width:]
-        factors = _factors(steering)
+        factors = factors_of(steering)
         for row in range(3):
             alone = vlms.row(inputs, row)
             assert torch.equal(model.generate(**alone, **GREEDY)[0, alone["input_ids"].shape[1] :], together[row])
-            assert all(torch.equal(f[0], factors[name][row]) for name, f in _factors(steering).items())
+            assert all(torch.equal(f[0], factors[name][row]) for name, f in factors_of(steering).items())
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen25", "gemma3"])
@@ -206,7 +133,7 @@ def test_rows_without_an_image_are_left_alone_in_a_mixed_batch(name: str) -> Non
     plain = model(**inputs).logits
     with attnsteer.steer(model, VHR()) as steering:
         logits = model(**inputs).logits
-        factors = _factors(steering)
+        factors = factors_of(steering)
     assert torch.equal(logits[1], plain[1])
     assert not torch.equal(logits[0], plain[0])
     assert all((factor[1] == 1).all() and (factor[0] == 2).any() for factor in factors.values())
@@ -222,102 +149,10 @@ def test_right_padded_prompts_are_measured_at_their_own_last_token() -> None:
         )
     with attnsteer.steer(model, VHR()) as steering:
         model(**inputs)
-        left = _factors(steering)
+        left = factors_of(steering)
         model(**rolled)
-        right = _factors(steering)
+        right = factors_of(steering)
     assert all(torch.equal(left[name], right[name]) for name in left)
-
-
-# ---- phases and spans ------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
-@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 4}, {"cache_implementation": "static"}], ids=str)
-def test_steps_are_honoured(phase: str, options: dict[str, Any]) -> None:
-    """A text-only prompt, so that the prefill may come in chunks: chunks are prefill, whatever their length."""
-    model, make = vlms.build("llava")
-    ids = make(2)["input_ids"].masked_fill(make(2)["input_ids"] == vlms.IMAGE, 9)
-    lengths: list[tuple[str, int]] = []
-    with attnsteer.steer(
-        model, ScaleAll(Where(steps=phase)), Look(see=lambda c: lengths.append((c.phase, c.q.shape[2])))
-    ):
-        steered = model.generate(ids, **GREEDY, **options)
-    whole = {c for p, c in lengths if p == "prefill"}
-    assert whole == ({4, ids.shape[1] % 4 or 4} if "prefill_chunk_size" in options else {ids.shape[1]})
-    assert {c for p, c in lengths if p == "decode"} == {1}
-    factor = torch.full((1, vlms.HEADS), 2.0)
-    sequence, cache = ids, None
-    for step in range(5):  # by hand
-        active = (step == 0) == (phase == "prefill")
-        with _scaled(model, {s.name: factor for s in attnsteer.sites(model)} if active else {}):
-            out = model(input_ids=sequence if cache is None else sequence[:, -1:], past_key_values=cache)
-        cache = out.past_key_values
-        sequence = torch.cat([sequence, out.logits[:, -1:].argmax(-1)], 1)
-    assert torch.equal(steered, sequence)
-
-
-def test_phases_of_bare_calls_follow_the_cache() -> None:
-    model, make = vlms.build("llava")
-    inputs, seen = make(1), []
-    with attnsteer.steer(model, Look(see=lambda call: seen.append((call.phase, call.q.shape[2])))):
-        out = model(**inputs)
-        model(input_ids=torch.tensor([[8, 9]]), past_key_values=out.past_key_values)
-        model(**inputs)
-    n = inputs["input_ids"].shape[1]
-    assert list(dict.fromkeys(seen)) == [("prefill", n), ("decode", 2)]
-    assert seen[-1] == ("prefill", n)
-
-
-@pytest.mark.parametrize("name", vlms.NAMES)
-@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"num_beams": 2}], ids=str)
-def test_spans_follow_the_keys(name: str, options: dict[str, Any]) -> None:
-    """In decode a key is recognised by comparing it with the keys of the prefill, whose tokens are known."""
-    model, make = vlms.build(name)
-    inputs = make(2, left_padding=True)
-    ids = inputs["input_ids"]
-    site_of: dict[str, Tensor] = {}
-    checked = []
-
-    def see(call: AttentionCall) -> None:
-        image, text = call.spans.image, call.spans.text
-        assert image.shape == text.shape == (call.q.shape[0], call.k.shape[2])
-        assert not (image & text).any()
-        if call.phase == "prefill" and "num_beams" not in options:
-            n = ids.shape[1]
-            assert torch.equal(image[:, :n], ids == vlms.IMAGE)
-            assert torch.equal(text[:, :n], (ids != vlms.IMAGE) & inputs["attention_mask"].bool())
-            assert not image[:, n:].any()
-            assert not text[:, n:].any()
-            site_of[call.site.name] = call.k[:, 0, :n].clone()
-        elif call.site.name in site_of:
-            first, keys = site_of[call.site.name], call.k[:, 0]
-            for row in range(2):
-                same = (keys[row][:, None] == first[row][None]).all(-1)  # (Nk, n)
-                place = torch.where(same.any(1), same.int().argmax(1), -1)
-                here = (place >= 0) & (text[row] | image[row])
-                assert torch.equal(image[row][here], (ids[row] == vlms.IMAGE)[place[here]])
-                checked.append(int(here.sum()))
-                assert not image[row][place < 0].any()
-
-    with attnsteer.steer(model, Look(see=see)):
-        model.generate(**inputs, **GREEDY, **options)
-    assert checked or "num_beams" in options
-
-
-@pytest.mark.parametrize("name", ["llava", "gemma3", "paligemma"])
-@pytest.mark.parametrize("cache", [None, "static"])
-def test_a_bias_on_image_keys_does_not_depend_on_the_cache(name: str, cache: str | None) -> None:
-    """Decode with a cache equals a fresh prefill of the longer prompt: keys are named the same in both."""
-    model, make = vlms.build(name)
-    inputs = make(2, left_padding=True)
-    with attnsteer.steer(model, BoostImage(bias=2.0)):
-        out = model.generate(
-            **inputs, **GREEDY, output_logits=True, return_dict_in_generate=True, cache_implementation=cache
-        )
-        fresh = model.generate(**inputs, **GREEDY, output_logits=True, return_dict_in_generate=True, use_cache=False)
-    if name != "paligemma":
-        assert torch.equal(out.sequences, fresh.sequences)
-        torch.testing.assert_close(torch.stack(out.logits), torch.stack(fresh.logits), rtol=1e-4, atol=1e-4)
-    else:
-        assert out.sequences.shape == fresh.sequences.shape
 
 
 # ---- composition -----------------------------------------------------------------------------------------------------
@@ -328,7 +163,7 @@ def test_static_edits_reach_both_lanes_of_the_reference_pass() -> None:
     with attnsteer.steer(model, ScaleAll(factor=1.5), VHD()) as steering:
         model(**inputs)
         both = [state["vhd"] for state in steering.states(steering.processors[1]).values()]
-    with _scaled(model, weight), attnsteer.steer(model, VHD()) as steering:
+    with scaled(model, weight), attnsteer.steer(model, VHD()) as steering:
         model(**inputs)
         by_hand = [state["vhd"] for state in steering.states(steering.processors[0]).values()]
     for a, b in zip(both, by_hand, strict=True):
@@ -361,7 +196,7 @@ def test_prompts_without_ids_or_pixels_are_refused_with_a_reason() -> None:
             model(inputs_embeds=model.get_input_embeddings()(inputs["input_ids"]))
         with pytest.raises(SteeringError, match="pixels"):
             model(input_ids=inputs["input_ids"])
-    assert _state_of(model) == ([], [], [None, None], False)
+    assert state_of(model) == ([], [], [None, None], False)
 
 
 def test_a_plain_edit_works_with_embeddings_only() -> None:
@@ -377,7 +212,7 @@ def test_a_plain_edit_works_with_embeddings_only() -> None:
 def test_an_exception_in_the_middle_of_a_generation_leaves_the_model_clean() -> None:
     model, make = vlms.build("llava")
     inputs = make(1)
-    plain, before = model.generate(**inputs, **GREEDY), _state_of(model)
+    plain, before = model.generate(**inputs, **GREEDY), state_of(model)
     calls = []
 
     def stumble(call: AttentionCall) -> None:
@@ -387,7 +222,7 @@ def test_an_exception_in_the_middle_of_a_generation_leaves_the_model_clean() -> 
 
     with pytest.raises(RuntimeError, match="stumbled"), attnsteer.steer(model, VHR(), Look(see=stumble)):
         model.generate(**inputs, **GREEDY)
-    assert _state_of(model) == before
+    assert state_of(model) == before
     assert before[0] == []
     assert before[2] == [None, None]
     assert torch.equal(model.generate(**inputs, **GREEDY), plain)
@@ -438,38 +273,10 @@ def test_a_session_may_end_inside_a_generation() -> None:
             return torch.zeros(len(ids), dtype=torch.bool)
 
     model.generate(**make(1), **GREEDY)
-    before = _state_of(model)
+    before = state_of(model)
     steering = attnsteer.attach(model, VHR())
     model.generate(**make(1), **GREEDY, stopping_criteria=StoppingCriteriaList([Detach()]))
-    assert _state_of(model) == before
-
-
-# ---- text-only models ------------------------------------------------------------------------------------------------
-def test_text_only_models_have_sites_and_take_edits() -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=24, n_layer=3, n_head=3, bos_token_id=1, eos_token_id=2))
-    for model in (LlamaForCausalLM(LlamaConfig(**vlms.TEXT)), gpt2):
-        model.eval()
-        sites = attnsteer.sites(model)
-        assert [site.layer for site in sites] == list(range(len(sites)))
-        ids = torch.randint(7, 61, (2, 9))
-        plain = model(ids).logits
-        with attnsteer.steer(model, ScaleAll()):
-            assert not torch.equal(model(ids).logits, plain)
-        with attnsteer.steer(model, VHR()):
-            assert torch.equal(model(ids).logits, plain)
-        assert torch.equal(model(ids).logits, plain)
-
-
-def test_sites_name_the_decoder_layers_and_not_the_tower() -> None:
-    for name in vlms.NAMES:
-        model, _ = vlms.build(name)
-        sites = attnsteer.sites(model)
-        assert [(s.layer, s.index, s.kind, s.heads, s.kv_heads, s.head_dim) for s in sites] == [
-            (i, i, "causal", vlms.HEADS, vlms.KV_HEADS, vlms.HEAD_DIM) for i in range(vlms.LAYERS)
-        ]
-        assert all(model.get_submodule(s.name).layer_idx == s.layer for s in sites)
+    assert state_of(model) == before
 
 
 # ---- around the model ------------------------------------------------------------------------------------------------
@@ -509,8 +316,8 @@ def test_adapters_on_the_model_are_steered_with_it() -> None:
     plain = outer(**inputs).logits
     with attnsteer.steer(model, VHR()) as steering:
         steered, sequences = outer(**inputs).logits, outer.generate(**inputs, **GREEDY)
-        factors = _factors(steering)
-    with _scaled(model, factors):
+        factors = factors_of(steering)
+    with scaled(model, factors):
         torch.testing.assert_close(steered, outer(**inputs).logits, rtol=1e-5, atol=1e-5)
         assert torch.equal(sequences, outer.generate(**inputs, **GREEDY))
     assert torch.equal(outer(**inputs).logits, plain)
@@ -541,124 +348,29 @@ def test_other_precisions_choose_half_of_the_heads(dtype: torch.dtype) -> None:
     )
 
 
-# ---- the image-free prompt -------------------------------------------------------------------------------------------
-def _lanes(model: Any, inputs: dict[str, Any], removal: str = "delete", processor: Any = None) -> dict[str, Any]:
-    """What the reference pass hands to the model."""
-    seen: dict[str, Any] = {}
-    with attnsteer.steer(model, VHD(removal=removal), processor=processor) as steering:
-        handle = model.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
-        steering.session.reference_pass(inputs)
-        handle.remove()
-    return seen
+# ---- text-only models ------------------------------------------------------------------------------------------------
+def test_text_only_models_have_sites_and_take_edits() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=24, n_layer=3, n_head=3, bos_token_id=1, eos_token_id=2))
+    for model in (LlamaForCausalLM(LlamaConfig(**vlms.TEXT)), gpt2):
+        model.eval()
+        sites = attnsteer.sites(model)
+        assert [site.layer for site in sites] == list(range(len(sites)))
+        ids = torch.randint(7, 61, (2, 9))
+        plain = model(ids).logits
+        with attnsteer.steer(model, ScaleAll()):
+            assert not torch.equal(model(ids).logits, plain)
+        with attnsteer.steer(model, VHR()):
+            assert torch.equal(model(ids).logits, plain)
+        assert torch.equal(model(ids).logits, plain)
 
 
-def test_the_image_free_prompt_by_hand() -> None:
-    """Image tokens and their wrappers go, padding moves to the left; a row without an image keeps its wrappers."""
-    model, make = vlms.build("qwen25")
-    image = [vlms.IMAGE] * 15
-    rows = [
-        [vlms.BOS, 9, vlms.VISION_START, *image, vlms.VISION_END, 10, 11],
-        [vlms.PAD] * 15 + [vlms.BOS, vlms.VISION_START, 12, 13, 14, 15],
-    ]
-    ids = torch.tensor(rows)
-    inputs = make(1) | {
-        "input_ids": ids,
-        "attention_mask": (ids != vlms.PAD).long(),
-        "mm_token_type_ids": (ids == vlms.IMAGE).int(),
-    }
-    seen = _lanes(model, inputs)
-    assert seen["input_ids"][:2].tolist() == rows
-    assert seen["input_ids"][2:].tolist() == [[vlms.PAD] * 17 + [vlms.BOS, 9, 10, 11], rows[1]]
-    assert seen["attention_mask"].sum(1).tolist() == [21, 6, 4, 6]
-    assert seen["mm_token_type_ids"].sum(1).tolist() == [15, 0, 0, 0]
-    masked = _lanes(model, inputs, "mask")
-    gone = torch.tensor([[0, 0] + [1] * 17 + [0, 0]]).bool()
-    assert torch.equal(masked["attention_mask"][2:3].bool(), ~gone)
-    assert torch.equal(masked["input_ids"][2:3][~gone], ids[:1][~gone])
-    assert torch.equal(masked["position_ids"][:, :2], masked["position_ids"][:, 2:])
-
-
-def test_markers_that_only_the_processor_knows_go_with_the_image() -> None:
-    class Tokenizer:
-        def get_vocab(self) -> dict[str, int]:
-            return {"<img>": 20, "</img>": 21, "<row_1_col_2>": 22, "dog": 23}
-
-    class Processor:
-        tokenizer = Tokenizer()
-        start_image_token, end_image_token = "<img>", "</img>"
-
-    model, make = vlms.build("internvl")
-    inputs = make(1)
-    image = [vlms.IMAGE] * 9
-    inputs["input_ids"] = torch.tensor([[vlms.BOS, 20, 22, *image, 21, 23]])
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    kept = lambda seen: seen["input_ids"][1][seen["attention_mask"][1].bool()].tolist()  # noqa: E731
-    assert kept(_lanes(model, inputs)) == [vlms.BOS, 20, 22, 21, 23]
-    assert kept(_lanes(model, inputs, processor=Processor())) == [vlms.BOS, 23]
-
-
-def test_a_prompt_of_nothing_but_an_image_keeps_a_place_to_predict_from() -> None:
-    model, make = vlms.build("llava")
-    inputs = make(1)
-    inputs["input_ids"] = torch.full((1, 25), vlms.IMAGE)
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    seen = _lanes(model, inputs)
-    assert seen["attention_mask"][1].sum() == 1
-    assert seen["input_ids"][1].tolist() == [vlms.PAD] * 25
-    with attnsteer.steer(model, VHR()):
-        assert torch.isfinite(model(**inputs).logits).all()
-
-
-def test_videos_are_taken_out_like_images() -> None:
-    model, make = vlms.build("qwen25")
-    inputs = make(1)
-    inputs["pixel_values_videos"] = inputs.pop("pixel_values")
-    inputs["video_grid_thw"] = inputs.pop("image_grid_thw")
-    inputs["input_ids"] = inputs["input_ids"].where(inputs["input_ids"] != vlms.IMAGE, vlms.VIDEO)
-    inputs["mm_token_type_ids"] = 2 * inputs["mm_token_type_ids"]
-    seen = _lanes(model, inputs)
-    assert (seen["input_ids"] == vlms.VIDEO).sum(1).tolist() == [15, 0]
-    with attnsteer.steer(model, VHR()) as steering:
-        model.generate(**inputs, **GREEDY)
-        assert all((factor == 2).sum() == vlms.HEADS // 2 for factor in _factors(steering).values())
-
-
-@pytest.mark.parametrize("name", vlms.NAMES)
-def test_lanes_equal_separate_passes(name: str) -> None:
-    """In float64, head outputs of both lanes at the last position against two passes of single prompts. What remains
-    (measured: 2e-6 relative) is the libraries' rotary angles, which are float32 and differ with the padding."""
-    model, make = vlms.build(name)
-    model.double()
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in make(2, left_padding=True).items()}
-    lanes: dict[str, Tensor] = {}
-    alone: dict[str, Tensor] = {}
-
-    def see(call: AttentionCall) -> None:
-        into = lanes if call.lanes else alone
-        into[call.site.name] = call.output[:, :, -1]
-
-    with attnsteer.steer(model, VHD(), Look(see=see)):
-        model(**inputs)
-    with attnsteer.steer(model, Look(see=see)):
-        for row in range(2):
-            one = vlms.row(inputs, row)
-            bare = {"input_ids": one["input_ids"][one["input_ids"] != vlms.IMAGE][None]}
-            if "token_type_ids" in inputs:
-                bare["token_type_ids"] = torch.zeros_like(bare["input_ids"])
-            for lane, given in ((0, one), (2, bare)):
-                alone.clear()
-                model(**given)
-                for site, output in alone.items():
-                    torch.testing.assert_close(lanes[site][lane + row], output[0], rtol=1e-5, atol=1e-6)
-
-
-def test_cross_attention_to_the_image_is_refused_with_a_reason() -> None:
-    from attnsteer.hosts.vlm_families import why_no_image_free_lane
-
-    model, _ = vlms.build("llava")
-    assert why_no_image_free_lane(model.config) == []
-    model.config.text_config.cross_attention_layers = [1]
-    with pytest.raises(SteeringError, match="cross-attention"):
-        attnsteer.attach(model, VHR())
-    with attnsteer.steer(model, ScaleAll()):
-        pass
+def test_sites_name_the_decoder_layers_and_not_the_tower() -> None:
+    for name in vlms.NAMES:
+        model, _ = vlms.build(name)
+        sites = attnsteer.sites(model)
+        assert [(s.layer, s.index, s.kind, s.heads, s.kv_heads, s.head_dim) for s in sites] == [
+            (i, i, "causal", vlms.HEADS, vlms.KV_HEADS, vlms.HEAD_DIM) for i in range(vlms.LAYERS)
+        ]
+        assert all(model.get_submodule(s.name).layer_idx == s.layer for s in sites)
