@@ -179,6 +179,9 @@ def sites(target: Any) -> list[Site]:
 
 
 # ---- worlds ----------------------------------------------------------------------------------------------------------
+LANGUAGE_MODELS = frozenset({("transformers", "PreTrainedModel"), ("peft", "PeftModel")})
+
+
 def _lineage(obj: Any) -> set[tuple[str, str]]:
     """Library and name of every class of an object, so that no library is imported to ask."""
     return {(cls.__module__.partition(".")[0], cls.__name__) for cls in type(obj).__mro__}
@@ -201,10 +204,7 @@ def models_of(target: Any) -> list[torch.nn.Module]:
             raise SteeringError(f"{type(target).__name__} has neither a unet nor a transformer to steer.")
         return models
     lineage = _lineage(getattr(target, "_orig_mod", target))
-    if isinstance(target, torch.nn.Module) and lineage & {
-        ("diffusers", "ModelMixin"),
-        ("transformers", "PreTrainedModel"),
-    }:
+    if isinstance(target, torch.nn.Module) and lineage & {("diffusers", "ModelMixin"), *LANGUAGE_MODELS}:
         return [target]
     raise SteeringError(
         f"{type(target).__name__} cannot be steered: give a Diffusers pipeline, its denoiser or a Hugging Face model."
@@ -212,7 +212,7 @@ def models_of(target: Any) -> list[torch.nn.Module]:
 
 
 def _is_language_model(model: Any) -> bool:
-    return ("transformers", "PreTrainedModel") in _lineage(getattr(model, "_orig_mod", model))
+    return not LANGUAGE_MODELS.isdisjoint(_lineage(getattr(model, "_orig_mod", model)))
 
 
 def _sites(model: torch.nn.Module) -> list[Site]:

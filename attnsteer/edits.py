@@ -4,8 +4,8 @@ Every weight is a float32 tensor whose first axis is the batch row (or 1 for all
 that variants of a method share one kernel call. A weight of 0 leaves that row and head untouched, bit for bit.
 
 Order of composition at one site (``ORDER``): replace q, k, v; then masks and biases; then further key segments;
-then ``Mix``; then ``Scale``. ``Replace``, ``ClassMask``, ``LogitEdit``, ``Segments`` and ``Redistribute`` join this table
-together with the first method that needs them.
+then ``Mix``; then ``Scale``. ``Replace``, ``ClassMask``, ``LogitEdit``, ``Segments`` and ``Redistribute`` join this
+table together with the first method that needs them.
 """
 
 from __future__ import annotations
