@@ -307,14 +307,16 @@ def test_offloaded_models_are_steered_alike(name: str) -> None:
         assert torch.equal(offloaded.generate(**inputs, **GREEDY), expected)
 
 
-def test_adapters_on_the_model_are_steered_with_it() -> None:
+@pytest.mark.parametrize("attached_to", ["the model inside", "the adapted model"])
+def test_adapters_on_the_model_are_steered_with_it(attached_to: str) -> None:
     peft = pytest.importorskip("peft")
     model, make = vlms.build("llava")
     inputs = make(2)
     adapter = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
     outer = peft.get_peft_model(model, adapter).eval()
     plain = outer(**inputs).logits
-    with attnsteer.steer(model, VHR()) as steering:
+    target = outer if attached_to == "the adapted model" else model
+    with attnsteer.steer(target, VHR()) as steering:
         steered, sequences = outer(**inputs).logits, outer.generate(**inputs, **GREEDY)
         factors = factors_of(steering)
     with scaled(model, factors):
