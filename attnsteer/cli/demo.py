@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from . import models
 from .generate import call_defaults, question_inputs
 from .options import command, positive
 
+BATCH = 16
+"""Pictures to ask about at a time."""
 PROMPTS = (
     "a dog and a car on a blue background",
     "a cat and a pizza on a green background",
@@ -32,7 +35,7 @@ def add(subparsers: Any) -> None:
     )
     parser.add_argument("--num-seeds", type=positive, default=4, help="pictures for each prompt (default: 4)")
     parser.add_argument("--num-steps", type=positive, default=20, help="denoising steps (default: 20)")
-    parser.add_argument("--num-scenes", type=positive, default=4, help="pictures to ask about (default: 4)")
+    parser.add_argument("--num-scenes", type=positive, default=64, help="pictures to ask about (default: 64)")
     parser.add_argument("--out", default="outputs/demo", metavar="FOLDER", help="for the PNGs (default: outputs/demo)")
 
 
@@ -81,38 +84,57 @@ def pictures(given: argparse.Namespace, folder: Path, say: Callable[[str], None]
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
 def answers(given: argparse.Namespace, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Descriptions of unseen scenes, plain and with VHR; what is not in the picture is red."""
+    """Descriptions of unseen scenes, plain and with VHR: what they invent and what they miss, and some on a sheet."""
     from ..attach import steer
     from ..processors import VHR
     from ..world import text
-    from ..world.evaluate import lonely, named
-    from .sheet import answer_sheet
+    from ..world.evaluate import description_scores, lonely, named
 
     vhr = VHR()
     model, processor = models.load("world-llava", given.device, given.dtype)
-    scenes = [lonely(3 * (given.seed + number) + 2) for number in range(given.num_scenes)]
+    scenes = [lonely(1000 * given.seed + number) for number in range(given.num_scenes)]
     say(f"world-llava: {len(scenes)} scenes without their usual company, {_brief(vhr)}")
 
-    def describe(number: int, steered: bool) -> str:
-        inputs = question_inputs(processor, scenes[number].image(), text.DESCRIBE)
+    def describe(first: int, steered: bool) -> list[str]:
+        pictures = [scene.image() for scene in scenes[first : first + BATCH]]
+        inputs = question_inputs(processor, pictures, text.DESCRIBE).to(model.device, model.dtype)
         with steer(model, vhr, processor=processor) if steered else nullcontext():
-            tokens = model.generate(**inputs.to(model.device, model.dtype), max_new_tokens=48, do_sample=False)
-        return processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
+            tokens = model.generate(**inputs, max_new_tokens=48, do_sample=False)
+        said = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [sentence.strip() for sentence in said]
 
-    jobs = [(number, steered) for number in range(len(scenes)) for steered in (False, True)]
+    jobs = [(first, steered) for first in range(0, len(scenes), BATCH) for steered in (False, True)]
     describe(0, False)  # the first call is slower
     said, seconds = _timed(jobs, lambda job: describe(*job), "answers", given.json)
-    entries, wrong, shown = [], [], []
-    for number, scene in enumerate(scenes):
-        pair = said[2 * number : 2 * number + 2]
-        invented = [sorted(named(sentence) - set(scene.categories)) for sentence in pair]
-        entries.append((scene.image(), list(zip(("plain", "VHR"), pair, strict=True))))
-        wrong.append({word for names in invented for name in names for word in (*name.split(), name + "s")})
-        shown.append({"scene": text.describe(scene), "plain": pair[0], "vhr": pair[1], "invented": invented})
-        say(f"  there is  {text.objects(scene)}\n    plain   {pair[0]}\n    VHR     {pair[1]}")
+    plain, steered = (list(chain.from_iterable(said[start::2])) for start in (0, 1))
+    scores = {"plain": description_scores(plain, scenes), "VHR": description_scores(steered, scenes)}
+    for name, score in scores.items():
+        wrong, named_share = 100 * score["chair_i"], 100 * score["recall"]
+        say(f"  {name:5}  {wrong:.1f} % of the named objects are not there, {named_share:.1f} % of the objects are named")
+    entries = [
+        {
+            "scene": text.describe(scene),
+            "plain": one,
+            "vhr": other,
+            "invented": [sorted(named(sentence) - set(scene.categories)) for sentence in (one, other)],
+        }
+        for scene, one, other in zip(scenes, plain, steered, strict=True)
+    ]
     file = folder / "vhr.png"
-    answer_sheet(entries, wrong).save(file)
-    return {**_result(file, vhr, seconds, len(scenes), "answer", say), "scenes": shown}
+    _draw(file, scenes, entries)
+    return {**_result(file, vhr, seconds, len(scenes), "answer", say), "scores": scores, "scenes": entries}
+
+
+def _draw(file: Path, scenes: list[Any], entries: list[dict[str, Any]], limit: int = 6) -> None:
+    """The first scenes about which either answer invents something, else the first of all; inventions are red."""
+    from .sheet import answer_sheet
+
+    chosen = [n for n, entry in enumerate(entries) if any(entry["invented"])] or list(range(len(entries)))
+    shown = [
+        (scenes[n].image(), [("plain", entries[n]["plain"]), ("VHR", entries[n]["vhr"])]) for n in chosen[:limit]
+    ]
+    words = [" ".join(chain.from_iterable(entries[n]["invented"])).split() for n in chosen[:limit]]
+    answer_sheet(shown, [{*some, *(word + "s" for word in some)} for some in words]).save(file)
 
 
 # ---- both ------------------------------------------------------------------------------------------------------------
@@ -144,7 +166,8 @@ def _result(
 ) -> dict[str, Any]:
     plain, steered = seconds[False] / count, seconds[True] / count
     name = type(processor).__name__
-    say(f"  plain {plain:.3f} s per {unit}, {name} {steered:.3f} s per {unit}: {100 * (steered / plain - 1):+.0f} % time")
+    more = 100 * (steered / plain - 1)
+    say(f"  plain {plain:.3f} s per {unit}, {name} {steered:.3f} s per {unit}: {more:+.0f} % time")
     say(f"  {file}")
     return {
         "file": str(file),
