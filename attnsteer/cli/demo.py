@@ -109,8 +109,8 @@ def answers(given: argparse.Namespace, folder: Path, say: Callable[[str], None])
     plain, steered = (list(chain.from_iterable(said[start::2])) for start in (0, 1))
     scores = {"plain": description_scores(plain, scenes), "VHR": description_scores(steered, scenes)}
     for name, score in scores.items():
-        wrong, named_share = 100 * score["chair_i"], 100 * score["recall"]
-        say(f"  {name:5}  {wrong:.1f} % of the named objects are not there, {named_share:.1f} % of the objects are named")
+        wrong, found = 100 * score["chair_i"], 100 * score["recall"]
+        say(f"  {name:5}  {wrong:.1f} % of the named objects are not there, {found:.1f} % of the objects are named")
     entries = [
         {
             "scene": text.describe(scene),
