@@ -194,3 +194,4 @@ def test_demo_writes_both_sheets(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert Image.open(report[part]["file"]).width > 100
         assert report[part]["overhead"] > -1
     assert len(report["answers"]["scenes"]) == 2
+    assert Image.open(report["file"]).width > 600

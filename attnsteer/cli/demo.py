@@ -40,10 +40,17 @@ def add(subparsers: Any) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
+    from PIL import Image
+
+    from .sheet import side_by_side
+
     folder = Path(given.out)
     folder.mkdir(parents=True, exist_ok=True)
     say: Callable[[str], None] = (lambda text: None) if given.json else print
-    report = {"pictures": pictures(given, folder, say), "answers": answers(given, folder, say)}
+    report: dict[str, Any] = {"pictures": pictures(given, folder, say), "answers": answers(given, folder, say)}
+    report["file"] = str(folder / "demo.png")
+    side_by_side([Image.open(report[part]["file"]) for part in ("pictures", "answers")]).save(report["file"])
+    say(f"{report['file']} shows both")
     if given.json:
         print(json.dumps(report, indent=2))
     return 0

@@ -81,6 +81,16 @@ def answer_sheet(
     return sheet
 
 
+def side_by_side(sheets: Sequence[Image.Image]) -> Image.Image:
+    """Sheets next to each other, tops aligned."""
+    both = Image.new("RGB", (sum(sheet.width for sheet in sheets), max(sheet.height for sheet in sheets)), PAPER)
+    left = 0
+    for sheet in sheets:
+        both.paste(sheet, (left, 0))
+        left += sheet.width
+    return both
+
+
 def _line(draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, wrong: Collection[str]) -> None:
     x, y = at
     for word in text.split():
