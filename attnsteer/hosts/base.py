@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -56,6 +57,21 @@ def is_compiled(module: torch.nn.Module) -> bool:
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
     """The module behind ``torch.compile(module)``."""
     return getattr(module, "_orig_mod", module)
+
+
+@contextmanager
+def room_for_graphs() -> Iterator[None]:
+    """Inside, torch.compile may make four times as many graphs of one function before it gives up (by default 8).
+
+    Each graph of the plain model gets up to three companions: blocks that are steered, blocks that are not while others
+    are, and both for a single row where the perturbed lane has one. That number is bounded, so nothing runs away.
+    """
+    config = sys.modules.get("torch._dynamo.config")
+    if config is None:  # nothing was ever compiled
+        yield
+        return
+    with config.patch(recompile_limit=4 * config.recompile_limit):
+        yield
 
 
 @contextmanager

@@ -40,7 +40,9 @@ class _Frame:
 class _Now:
     """The processor that is running. One per process: two steered models must not run in two threads at once."""
 
-    frame: _Frame | None = None
+    def __init__(self) -> None:
+        # an attribute of the instance from the start: one that appears later would invalidate every compiled graph
+        self.frame: _Frame | None = None
 
 
 _now = _Now()

@@ -26,7 +26,7 @@ from ..logits import compute_dtype
 from ..scheduler import Plan, Rows, merge_edits, needs_grid, row_of, wanted_sites
 from ..site import Site
 from . import denoisers
-from .base import Call, checkpoints, copy_nest, intercept, intercepted, is_compiled, take_rows, unwrap
+from .base import Call, checkpoints, copy_nest, intercept, intercepted, is_compiled, room_for_graphs, take_rows, unwrap
 from .diffusers_seam import arm, armed
 
 PlanRows = tuple[tuple[Plan, ...], ...]
@@ -324,7 +324,7 @@ class DiffusionSession:
         bound = [(unwrap(model).get_submodule(site.name), binding) for site, binding in bindings.items()]
         for binding in bindings.values():
             binding.hit = False
-        with _carrying(bound), checkpoints(model, lambda block: _carrier(block, bound)):
+        with _carrying(bound), checkpoints(model, lambda block: _carrier(block, bound)), room_for_graphs():
             yield
         missed = [site.name for site, binding in bindings.items() if not binding.hit]
         if missed:

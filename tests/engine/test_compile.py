@@ -68,15 +68,14 @@ def test_graphs_are_few_and_stay_as_many_over_steps_toggles_strengths_and_heads(
     if order == "before":
         compile_denoiser(pipe, mode, graphs)
         assert torch.equal(latents(pipe, name), plain)
-        assert graphs.frame_count >= 1
+        plain_graphs = graphs.frame_count
     first = steered(compile_now=order == "after")
     # whole forwards have other batch sizes than forked ones: measured 2e-6 of the largest value
     torch.testing.assert_close(first, expected, rtol=0, atol=1e-5 * scale)
     assert torch.equal(latents(pipe, name), plain)
     count = graphs.frame_count
-    # plain and steered, for the batch sizes and text lengths of both lanes; once for each kind of compiled block
-    kinds = 1 if mode != "regional" else len(denoiser_of(pipe)._repeated_blocks)
-    assert 2 <= count <= 6 * kinds
+    if order == "before":  # one more steered, one more that is not while others are, both for a single row
+        assert plain_graphs < count <= 4 * plain_graphs
     for _ in range(TOGGLES):
         assert torch.equal(steered(), first)
         assert torch.equal(latents(pipe, name), plain)
@@ -92,6 +91,8 @@ def test_regional_graphs_serve_every_layer(name: str) -> None:
     pipe = pipelines.build(name)
     graphs = CompileCounter()
     denoiser_of(pipe).compile_repeated_blocks(fullgraph=True, backend=graphs)
+    latents(pipe, name, steps=1)
+    plain = graphs.frame_count
     layers = sorted({site.layer for site in attnsteer.sites(pipe)})
     counts = []
     for layer in layers * 2:
@@ -99,7 +100,7 @@ def test_regional_graphs_serve_every_layer(name: str) -> None:
             latents(pipe, name, steps=1)
         counts.append(graphs.frame_count)
     assert counts[len(layers) - 1] == counts[-1]
-    assert counts[-1] <= 5 * len(denoiser_of(pipe)._repeated_blocks)
+    assert counts[-1] <= 4 * plain
 
 
 @pytest.mark.slow
@@ -131,6 +132,23 @@ def test_a_bare_denoiser_compiled_before_attaching_is_steered_and_restored() -> 
             assert torch.equal(predict(model, given), plain)
         assert difference(before, state_of(model)) == []
     assert graphs.frame_count == 2
+
+
+@pytest.mark.slow
+def test_a_model_that_uses_up_the_limit_of_graphs_can_be_steered() -> None:
+    """fullgraph=True makes the limit an error; SD 1.5 in full size has three kinds of blocks, twelve graphs."""
+    model, inputs = denoisers.build("qwen")
+    given = inputs(2)
+    with torch.no_grad():
+        with attnsteer.steer(model, Nudge(Where(layers=1))):
+            expected = predict(model, given)
+        model.compile_repeated_blocks(fullgraph=True, backend="eager")
+        with torch._dynamo.config.patch(recompile_limit=1):
+            plain = predict(model, given)
+            with attnsteer.steer(model, Nudge(Where(layers=1))):
+                assert torch.equal(predict(model, given), expected)
+            assert torch.equal(predict(model, given), plain)
+            assert torch._dynamo.config.recompile_limit == 1
 
 
 def test_a_bare_denoiser_compiled_in_place_after_attaching_is_an_error_not_a_silent_miss() -> None:
