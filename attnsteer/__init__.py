@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .capture import Capture
     from .edits import Edit, KeyBias, Mix, Scale
     from .errors import NotReachedError, SteeringError, WhereError
+    from .explain import Explanation, explain
     from .lanes import Lane
     from .processor import Processor
     from .site import AttentionCall, Site, Spans
@@ -30,6 +31,7 @@ __all__ = [
     "AttentionCall",
     "Capture",
     "Edit",
+    "Explanation",
     "KeyBias",
     "Lane",
     "Mix",
@@ -47,6 +49,7 @@ __all__ = [
     "attach",
     "attend",
     "detach",
+    "explain",
     "run_variants",
     "sites",
     "steer",
@@ -56,6 +59,7 @@ _MODULE_OF = {
     "AttentionCall": "site",
     "Capture": "capture",
     "Edit": "edits",
+    "Explanation": "explain",
     "KeyBias": "edits",
     "Lane": "lanes",
     "Mix": "edits",
@@ -72,6 +76,7 @@ _MODULE_OF = {
     "attach": "attach",
     "attend": "attend",
     "detach": "attach",
+    "explain": "explain",
     "run_variants": "variants",
     "sites": "attach",
     "steer": "attach",

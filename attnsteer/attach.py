@@ -72,9 +72,9 @@ class Steering:
 
     def explain(self, **shape: int) -> Explanation:
         """What will happen, before anything runs: sites, heads, steps, extra rows, fork and bytes."""
-        from .explain import explain
+        from .explain import explain_attached
 
-        return explain(self, **shape)
+        return explain_attached(self, **shape)
 
     @property
     def attached(self) -> bool:

@@ -77,7 +77,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain_plan(
+def explain(
     target: Any,
     *processors: Processor,
     variants: Sequence[Variant | Sequence[Processor]] | None = None,
@@ -107,7 +107,7 @@ def explain_plan(
     return _explanation(target, rows, refused, shape)
 
 
-def explain(steering: Steering, **shape: int) -> Explanation:
+def explain_attached(steering: Steering, **shape: int) -> Explanation:
     """The explanation of what is attached."""
     return _explanation(steering.target, steering.session.rows, [], shape)
 

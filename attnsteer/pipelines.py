@@ -36,7 +36,7 @@ def set_attn_processor(self: Any, *processors: Any, **options: Any) -> Steering 
     """
     from .attach import attach, attached_to, models_of
     from .errors import SteeringError
-    from .explain import explain_plan
+    from .explain import explain
     from .processor import Processor
 
     given = _flat(processors)
@@ -47,7 +47,7 @@ def set_attn_processor(self: Any, *processors: Any, **options: Any) -> Steering 
         raise SteeringError(f"{', '.join(options)} means nothing to stock processors: leave it out.")
     before = attached_to(self)
     if before is not None:
-        refused = explain_plan(self, *own).refused if own else []
+        refused = explain(self, *own).refused if own else []
         if refused:
             raise SteeringError(refused)
         before.detach()

@@ -70,7 +70,7 @@ class Processor:
         return processor_to_dict(self)
 
     def save_pretrained(self, directory: str) -> None:
-        """Write ``processor_config.json`` into a folder. Loading it never runs code."""
+        """Write ``attnsteer_config.json`` into a folder. Loading it never runs code."""
         from .config import save_processors
 
         save_processors([self], directory)

@@ -36,9 +36,9 @@ def run(given: argparse.Namespace) -> int:
     found = sites(target)
     explanation = None
     if wanted:
-        from ..explain import explain_plan
+        from ..explain import explain
 
-        explanation = explain_plan(target, *wanted, scheduler=scheduler)
+        explanation = explain(target, *wanted, scheduler=scheduler)
     if given.json:
         report: dict[str, Any] = {"model": given.model, "sites": [asdict(site) for site in found]}
         if explanation is not None:
