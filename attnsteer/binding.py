@@ -23,7 +23,7 @@ class Binding:
     ``reactors``, ``spans``, ``lanes`` and ``phase``; what differs by layer, row or step is a tensor there.
     """
 
-    __slots__ = ("site", "edits", "reactors", "spans", "lanes", "phase", "main_call", "hit", "__weakref__")
+    __slots__ = ("__weakref__", "edits", "hit", "lanes", "main_call", "phase", "reactors", "site", "spans")
 
     def __init__(
         self,
