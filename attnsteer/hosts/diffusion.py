@@ -403,6 +403,11 @@ def refusals(models: Sequence[torch.nn.Module], rows: Rows, has_scheduler: bool)
             f"{guiding[0]} guides where the scheduler steps, and a bare {type(unwrap(models[0])).__name__} has none: "
             "attach to the pipeline, or pass scheduler=... from your own loop."
         )
+    reasons += [
+        f"{type(plan.processor).__name__} guides and reacts to data: the perturbed lane takes edits of plan() only."
+        for plan in plans
+        if plan.guides and plan.reacts
+    ]
     if any("image_free" in plan.processor.lanes for plan in plans):
         reasons.append("Methods that compare with an image-free prompt need a vision-language model.")
     return reasons

@@ -117,6 +117,16 @@ def test_a_cache_that_skips_attention_is_refused_at_attach_and_when_it_comes_lat
     assert torch.equal(latents(pipe, "flux"), plain)
 
 
+def test_a_method_that_guides_and_reacts_is_refused_because_its_reaction_would_never_be_asked_for() -> None:
+    class Both(SoftPAG):
+        def react(self, call: attnsteer.AttentionCall) -> None:
+            return None
+
+    pipe = pipelines.build("sd15")
+    with pytest.raises(SteeringError, match="Both guides and reacts to data"):
+        attnsteer.attach(pipe, Both(Where(layers=-1)))
+
+
 def test_all_reasons_are_given_at_once() -> None:
     model, _ = denoisers.build("flux")
     model.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
