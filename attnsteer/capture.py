@@ -177,6 +177,7 @@ class Capture(Processor):
     gradient: bool = False
 
     kinds: ClassVar[tuple[Kind, ...]] = ("cross", "joint", "causal", "self")
+    reads_only: ClassVar = True
 
     def __post_init__(self) -> None:
         for name, words in (("rows", ("all", "last")), ("columns", ("all", "image", "text"))):

@@ -209,7 +209,7 @@ def _parse(text: str) -> Any:
 
     def number(literal: str) -> float:
         if not math.isfinite(float(literal)):
-            raise SteeringError(f"{literal} is not a number that JSON knows; infinity is the string \"inf\".")
+            raise SteeringError(f'{literal} is not a number that JSON knows; infinity is the string "inf".')
         return float(literal)
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -228,4 +228,3 @@ def _parse(text: str) -> Any:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-

@@ -26,12 +26,14 @@ class Processor:
     * ``lanes``: rows beyond the plain ones that the method needs: ``"perturbed"`` (a second prediction of the
       conditional rows with the edits on, for guidance; needs ``guidance``) or ``"image_free"`` (the same prompt without
       its image, in lock-step, before generation);
+    * ``reads_only``: ``react`` only looks and never gives an edit, so that it goes with guidance.
     """
 
     where: Where = Where()
 
     kinds: ClassVar[tuple[Kind, ...]] = ("self", "joint", "cross", "causal")
     lanes: ClassVar[tuple[str, ...]] = ()
+    reads_only: ClassVar[bool] = False
 
     def where_for(self, sites: Sequence[Site]) -> Where:
         """The selection on a model; methods whose default depends on the number of layers override it."""

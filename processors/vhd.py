@@ -40,6 +40,7 @@ class VHD(Processor):
     removal: str = "delete"
 
     kinds: ClassVar = ("causal",)
+    reads_only: ClassVar = True
     lanes: ClassVar = ("image_free",)
     token_agnostic: ClassVar = True
 

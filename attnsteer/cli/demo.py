@@ -137,9 +137,7 @@ def _draw(file: Path, scenes: list[Any], entries: list[dict[str, Any]], limit: i
     from .sheet import answer_sheet
 
     chosen = [n for n, entry in enumerate(entries) if any(entry["invented"])] or list(range(len(entries)))
-    shown = [
-        (scenes[n].image(), [("plain", entries[n]["plain"]), ("VHR", entries[n]["vhr"])]) for n in chosen[:limit]
-    ]
+    shown = [(scenes[n].image(), [("plain", entries[n]["plain"]), ("VHR", entries[n]["vhr"])]) for n in chosen[:limit]]
     words = [" ".join(chain.from_iterable(entries[n]["invented"])).split() for n in chosen[:limit]]
     answer_sheet(shown, [{*some, *(word + "s" for word in some)} for some in words]).save(file)
 

@@ -62,9 +62,7 @@ def answer_sheet(
         wrong: for each picture the words to mark.
     """
     line, text_width = 20, 460
-    blocks = [
-        [(title, wrap(answer, text_width)) for title, answer in answers] for _, answers in entries
-    ]
+    blocks = [[(title, wrap(answer, text_width)) for title, answer in answers] for _, answers in entries]
     heights = [max(side, sum(line * (1 + len(lines)) for _, lines in block)) + GAP for block in blocks]
     sheet = Image.new("RGB", (3 * GAP + side + text_width, GAP + sum(heights)), PAPER)
     draw = ImageDraw.Draw(sheet)

@@ -9,15 +9,15 @@ hence which rows of the denoiser's batch were conditional; so the perturbed rows
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..binding import ATTRIBUTE, Binding
+from ..binding import Binding
 from ..clock import Clock
 from ..errors import NotReachedError, SteeringError
 from ..fork import Tape, stages_before, why_no_fork
@@ -26,8 +26,9 @@ from ..logits import compute_dtype
 from ..scheduler import Plan, Rows, merge_edits, needs_grid, row_of, wanted_sites
 from ..site import Site
 from . import denoisers
-from .base import Call, checkpoints, copy_nest, intercept, intercepted, is_compiled, room_for_graphs, take_rows, unwrap
-from .diffusers_seam import arm, armed
+from .base import Call, copy_nest, intercept, intercepted, is_compiled, take_rows, unwrap
+from .carry import steering
+from .diffusers_seam import arm
 
 PlanRows = tuple[tuple[Plan, ...], ...]
 
@@ -161,7 +162,7 @@ class DiffusionSession:
                 self._clock.enter(inputs.get("timestep"))
             plain = self._active(lambda plan: not plan.guides)
             guiding = self._active(lambda plan: plan.guides)
-            with self._steering(model, self._plain_bindings(model, inputs, plain)):
+            with steering(model, self._plain_bindings(model, inputs, plain)):
                 if self._forward is not None or not any(guiding):
                     return call(*args, **kwargs)
                 return self._record(model, call, args, kwargs, copy_nest(inputs), guiding, compiled)
@@ -283,11 +284,11 @@ class DiffusionSession:
             self.unforked[why] = self.unforked.get(why, 0) + 1
         self.extra_rows += len(lanes)
         if forward.tape is None or why:
-            with self._steering(forward.model, bindings):
+            with steering(forward.model, bindings):
                 return forward.call(**inputs)
         # what was edited before the fork is in the recording
         behind = {site: binding for site, binding in bindings.items() if not forward.tape.covers(site.name)}
-        with self._steering(forward.model, behind), forward.tape.replaying(rows, batch):
+        with steering(forward.model, behind), forward.tape.replaying(rows, batch):
             return forward.call(**inputs)
 
     def _constant(self, values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -317,47 +318,6 @@ class DiffusionSession:
                     made[site] = Binding(site, edits, reactors, layout, main_call=turn)
             self._prepared[key] = made
         return self._prepared[key]
-
-    @contextmanager
-    def _steering(self, model: torch.nn.Module, bindings: dict[Site, Binding]) -> Iterator[None]:
-        """Put the bindings on their modules for one forward, then check that each was reached."""
-        bound = [(unwrap(model).get_submodule(site.name), binding) for site, binding in bindings.items()]
-        for binding in bindings.values():
-            binding.hit = False
-        with _carrying(bound), checkpoints(model, lambda block: _carrier(block, bound)), room_for_graphs():
-            yield
-        missed = [site.name for site, binding in bindings.items() if not binding.hit]
-        if missed:
-            raise NotReachedError(
-                f"{len(missed)} selected sites were never reached ({', '.join(missed[:4])}): the model skipped them or "
-                "attends through code that diffusers' attention backends do not see."
-            )
-
-
-@contextmanager
-def _carrying(bound: Sequence[tuple[torch.nn.Module, Binding]]) -> Iterator[None]:
-    """Inside, the modules carry their bindings."""
-    before = [vars(module).get(ATTRIBUTE) for module, _ in bound]
-    for module, binding in bound:
-        vars(module)[ATTRIBUTE] = binding
-    try:
-        yield
-    finally:
-        for (module, _), outer in zip(bound, before, strict=True):
-            if outer is None:
-                vars(module).pop(ATTRIBUTE, None)
-            else:
-                vars(module)[ATTRIBUTE] = outer
-
-
-def _carrier(block: Call, bound: Sequence[tuple[torch.nn.Module, Binding]]) -> Call:
-    """The block with the bindings of this forward, whenever it runs: the backward pass may come after detaching."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with _carrying(bound), armed([module for module, _ in bound]):
-            return block(*args, **kwargs)
-
-    return run
 
 
 def _named(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -407,6 +367,11 @@ def refusals(models: Sequence[torch.nn.Module], rows: Rows, has_scheduler: bool)
         f"{type(plan.processor).__name__} guides and reacts to data: the perturbed lane takes edits of plan() only."
         for plan in plans
         if plan.guides and plan.reacts
+    ]
+    reasons += [
+        f"{type(plan.processor).__name__} reacts to data, which the perturbed lane of {guiding[0]} does not ask for."
+        for plan in plans
+        if guiding and plan.reacts and not plan.guides and not plan.processor.reads_only
     ]
     if any("image_free" in plan.processor.lanes for plan in plans):
         reasons.append("Methods that compare with an image-free prompt need a vision-language model.")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import attnsteer
-from attnsteer import NotReachedError, SteeringError, Where, WhereError
+from attnsteer import NotReachedError, Processor, SteeringError, Where, WhereError
 from attnsteer.processors import PAG, SoftPAG
 from tests.tiny import denoisers, pipelines
 
@@ -125,6 +125,17 @@ def test_a_method_that_guides_and_reacts_is_refused_because_its_reaction_would_n
     pipe = pipelines.build("sd15")
     with pytest.raises(SteeringError, match="Both guides and reacts to data"):
         attnsteer.attach(pipe, Both(Where(layers=-1)))
+
+
+def test_an_edit_that_reacts_does_not_go_with_guidance_but_reading_does() -> None:
+    class Reacts(Processor):
+        def react(self, call: Any) -> None:
+            return None
+
+    pipe = pipelines.build("sd15")
+    with pytest.raises(SteeringError, match="Reacts reacts to data, which the perturbed lane of SoftPAG"):
+        attnsteer.attach(pipe, Reacts(), SoftPAG(Where(layers=-1)))
+    attnsteer.attach(pipe, attnsteer.Capture(columns="text"), SoftPAG(Where(layers=-1))).detach()
 
 
 def test_all_reasons_are_given_at_once() -> None:
