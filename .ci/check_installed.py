@@ -1,6 +1,6 @@
 """Use an installed attnsteer: every public name, every processor, and one steered forward of each world that is there.
 
-    python check_installed.py SITE_PACKAGES [--without diffusers|transformers]
+python check_installed.py SITE_PACKAGES [--without diffusers|transformers]
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Pictures of one prompt with and without SoftPAG, side by side, for several strengths.
 
-    python examples/softpag_pictures.py
-    python examples/softpag_pictures.py --model stabilityai/stable-diffusion-3-medium-diffusers --layers 9 --device cuda
+python examples/softpag_pictures.py
+python examples/softpag_pictures.py --model stabilityai/stable-diffusion-3-medium-diffusers --layers 9 --device cuda
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which layer, which strength: every combination as rows of shared batches, on one sheet.
 
-    python examples/variants_grid.py
-    python examples/variants_grid.py --layers 0 2 4 6 --strengths 0.25 0.5 1 --batch-size 6
+python examples/variants_grid.py
+python examples/variants_grid.py --layers 0 2 4 6 --strengths 0.25 0.5 1 --batch-size 6
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Answers about pictures, plain and with VHR, and the objects in them that are not in the picture.
 
-    python examples/vhr_answers.py
-    python examples/vhr_answers.py --model llava-hf/llava-1.5-7b-hf --images *.jpg --device cuda
+python examples/vhr_answers.py
+python examples/vhr_answers.py --model llava-hf/llava-1.5-7b-hf --images *.jpg --device cuda
 """
 
 from __future__ import annotations

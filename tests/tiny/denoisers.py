@@ -313,8 +313,7 @@ def lumina2() -> tuple[nn.Module, Inputs]:
 
 
 FAMILIES: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {
-    build.__name__: build
-    for build in (unet_sd15, unet_sdxl, sd3, sd35, flux, qwen, pixart, wan, cogview4, lumina2)
+    build.__name__: build for build in (unet_sd15, unet_sdxl, sd3, sd35, flux, qwen, pixart, wan, cogview4, lumina2)
 }
 NAMES = tuple(FAMILIES)
 

@@ -233,8 +233,7 @@ def paligemma() -> tuple[nn.Module, Inputs]:
 
 
 FAMILIES: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {
-    make.__name__: make
-    for make in (llava, llava_next, qwen2, qwen25, qwen3, internvl, smolvlm, gemma3, paligemma)
+    make.__name__: make for make in (llava, llava_next, qwen2, qwen25, qwen3, internvl, smolvlm, gemma3, paligemma)
 }
 NAMES = tuple(FAMILIES)
 
