@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
 from .attend import attend
 from .edits import Edit
-from .processor import Processor
 from .site import AttentionCall, Kernel, Phase, Site, Spans
+
+if TYPE_CHECKING:
+    from .reacting import Reacts
 
 ATTRIBUTE = "_steer"
 """Name of the attribute on an attention module that holds its ``Binding``; absent or None leaves the module alone."""
+
+Reactor: TypeAlias = "tuple[Reacts, dict[str, Any]]"
+"""Who is asked in every kernel call, and the state that it keeps at this site."""
 
 
 class Binding:
@@ -29,7 +34,7 @@ class Binding:
         self,
         site: Site,
         edits: tuple[Edit, ...] = (),
-        reactors: tuple[tuple[Processor, dict[str, Any]], ...] = (),
+        reactors: tuple[Reactor, ...] = (),
         spans: Spans | None = None,
         lanes: Mapping[str, slice] | None = None,
         phase: Phase = "denoise",

@@ -1,0 +1,49 @@
+"""Processors that react to data, held to the rows and heads that they were given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .edits import Edit, restrict
+from .scheduler import Plan
+from .site import AttentionCall, Site
+
+
+class Reacts(Protocol):
+    """Whatever answers an attention call with an edit."""
+
+    def react(self, call: AttentionCall) -> Edit | None: ...
+
+
+class Within:
+    """A reaction limited to its rows and heads; elsewhere the edit is neutral. ``mask``: bool ``(R, H)``."""
+
+    def __init__(self, inner: Reacts, mask: Tensor):
+        self.inner, self.mask = inner, mask
+
+    def react(self, call: AttentionCall) -> Edit | None:
+        edit = self.inner.react(call)
+        return None if edit is None else restrict(edit, self.mask, max(1, len(call.lanes)))
+
+
+class Silent:
+    """A reaction that may look but whose edit is dropped (outside its steps)."""
+
+    def __init__(self, inner: Reacts):
+        self.inner = inner
+
+    def react(self, call: AttentionCall) -> Edit | None:
+        self.inner.react(call)
+        return None
+
+
+def limited(plan: Plan, site: Site, rows: Sequence[Sequence[Plan]], device: torch.device) -> Reacts:
+    """The processor of a plan, held to the rows that have it and to its heads at a site."""
+    heads = torch.tensor([head in plan.selection[site] for head in range(site.heads)])
+    mine = torch.tensor([any(other is plan for other in row) for row in rows])
+    mask = mine[:, None] & heads
+    return plan.processor if bool(mask.all()) else Within(plan.processor, mask.to(device))
