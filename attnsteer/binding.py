@@ -49,6 +49,11 @@ class Binding:
         self.main_call = main_call  # which kernel call of the module is the text or joint one
         self.hit = False
 
+    def scratch(self) -> Binding:
+        """The same binding, whose reactors start from today's states and keep nothing."""
+        reactors = tuple((reacts, dict(state)) for reacts, state in self.reactors)
+        return Binding(self.site, self.edits, reactors, self.spans, self.lanes, self.phase, self.main_call)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copy of a steered model is not steered."""
 

@@ -18,7 +18,7 @@ StepHook = Callable[[Tensor], Tensor]
 
 
 class _Method:
-    """A wrapped method of a scheduler. Pipelines read its signature; a deep copy of it gets a plain one."""
+    """A wrapped method of a scheduler. Pipelines read its signature; a copied or pickled scheduler gets a plain one."""
 
     __name__: str
 
@@ -30,9 +30,12 @@ class _Method:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._around(*args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo.get(id(self._scheduler), self._scheduler)
-        return getattr(type(copied), self.__name__).__get__(copied)
+    def __reduce__(self) -> Any:
+        return _plain_method, (self._scheduler, self.__name__)
+
+
+def _plain_method(scheduler: Any, name: str) -> Any:
+    return getattr(type(scheduler), name).__get__(scheduler)
 
 
 class Clock:

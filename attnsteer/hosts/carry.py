@@ -52,10 +52,15 @@ def _carrying(bound: Sequence[tuple[torch.nn.Module, Binding]]) -> Iterator[None
 
 
 def _carrier(block: Call, bound: Sequence[tuple[torch.nn.Module, Binding]]) -> Call:
-    """The block with the bindings of this forward, whenever it runs: the backward pass may come after detaching."""
+    """The block with the bindings of this forward, whenever it runs: the backward pass may come after detaching.
+
+    What the backward pass computes again finds the states as they are now and leaves nothing in them.
+    """
+    again = [(module, binding.scratch()) for module, binding in bound]
+    turns = iter([bound])
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with _carrying(bound), armed([module for module, _ in bound]):
+        with _carrying(next(turns, again)), armed([module for module, _ in bound]):
             return block(*args, **kwargs)
 
     return run

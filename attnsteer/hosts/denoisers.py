@@ -222,6 +222,25 @@ NEGATED = frozenset(
 """Models whose pipelines hand the scheduler the negative of the prediction."""
 
 
+NO_GUIDANCE = {
+    "CosmosTransformer3DModel": "its pipelines mix the prediction with the sample before the scheduler sees it",
+}
+"""Models whose predictions are not in the scheduler's space, and why."""
+
+
+def guidance_refusal(model: torch.nn.Module, cfg: tuple[str, ...] | None) -> str | None:
+    """Why predictions of this model cannot be guided where the scheduler steps; None where they can."""
+    name = type(unwrap(model)).__name__
+    if name in NO_GUIDANCE:
+        return f"{name} cannot be guided: {NO_GUIDANCE[name]}."
+    if family_of(model) is None and cfg is None:
+        return (
+            f"{name} has no descriptor, so the order of a guided batch is unknown: pass cfg=('uncond', 'cond') or "
+            "('cond', 'uncond') as your pipeline has it."
+        )
+    return None
+
+
 def prediction_sign(model: torch.nn.Module) -> float:
     """The factor between a denoiser's prediction and what its pipelines give to the scheduler."""
     return -1.0 if type(unwrap(model)).__name__ in NEGATED else 1.0

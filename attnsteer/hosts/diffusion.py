@@ -19,10 +19,11 @@ from torch import Tensor
 
 from ..binding import Binding
 from ..clock import Clock
-from ..errors import NotReachedError, SteeringError
+from ..errors import NotReachedError, SteeringError, WhereError
 from ..fork import Tape, stages_before, why_no_fork
 from ..lanes import cfg_lanes
 from ..logits import compute_dtype
+from ..reacting import limited
 from ..scheduler import Plan, Rows, merge_edits, needs_grid, row_of, wanted_sites
 from ..site import Site
 from . import denoisers
@@ -31,6 +32,8 @@ from .carry import steering
 from .diffusers_seam import arm
 
 PlanRows = tuple[tuple[Plan, ...], ...]
+WARM_UPS = 2
+"""Calls of the denoiser on other latents that may come before a run (a probe, a warm-up) without a step between."""
 
 
 @dataclass(eq=False)
@@ -43,6 +46,11 @@ class _Forward:
     output: Any
     tape: Tape | None
     why_whole: str | None
+
+    def shares(self, sample: Tensor) -> bool:
+        """Whether another call belongs to the same step: sequential passes share their latents."""
+        mine = denoisers.sample_of(denoisers.family_of(self.model), self.inputs)
+        return mine is sample or mine.shape != sample.shape or torch.equal(mine, sample)
 
 
 class _Lane(NamedTuple):
@@ -80,6 +88,7 @@ class DiffusionSession:
         self._clock: Clock | None = None
         self._intercepted: list[tuple[torch.nn.Module, Callable[[], None]]] = []
         self._forward: _Forward | None = None
+        self._unused = 0  # recorded forwards in a row that no step of the scheduler followed
         self._prepared: dict[Any, dict[Site, Binding]] = {}
         self._constants: dict[Any, Tensor] = {}
         self._names = [site.name for site in wanted_sites(rows)]
@@ -113,7 +122,7 @@ class DiffusionSession:
         """See every call of the denoisers and every kernel call of the selected sites, also after the user compiled the
         model, loaded an adapter or swapped processors since attaching."""
         models = list(self._find_models())
-        reasons = refusals(models, self.rows, has_scheduler=self._find_scheduler() is not None)
+        reasons = refusals(models, self.rows, self._find_scheduler() is not None, self._cfg)
         if reasons:
             raise SteeringError(reasons)
         standing = {id(m) for m, restore in self._intercepted if intercepted(m, restore)}
@@ -142,7 +151,7 @@ class DiffusionSession:
 
     def _on_start(self) -> None:
         """A run begins: nothing of the last one is kept."""
-        self._forward = None
+        self._forward, self._unused = None, 0
         self._prepared.clear()
         self._constants.clear()
         self._arm()
@@ -150,24 +159,56 @@ class DiffusionSession:
             for plan in row:
                 for state in plan.states.values():
                     state.clear()
+        if self._clock:
+            self._check_steps(self._clock)
+
+    def _check_steps(self, clock: Clock) -> None:
+        """Steps that this schedule does not have would make a processor a silent no-op."""
+        for plan in {id(plan): plan for row in self.rows for plan in row}.values():
+            steps = plan.where.steps
+            sigma = isinstance(steps, Mapping)
+            if not sigma and not any(plan.where.active(i, clock.total) for i in range(clock.total)):
+                raise WhereError(
+                    f"steps={steps!r} of {type(plan.processor).__name__} selects none of the steps of this "
+                    f"schedule: its positions are 0 to {clock.total - 1}."
+                )
 
     # ---- the normal forward ------------------------------------------------------------------------------------------
     def _around(self, model: torch.nn.Module, compiled: bool) -> Callable[..., Any]:
         def around(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._follow_scheduler()
             if self._clock is None:  # nothing else says that a run begins
-                self._arm()
+                self._on_start()
             inputs = _named(model, args, kwargs)
             if self._clock:
                 self._clock.enter(inputs.get("timestep"))
+            family = denoisers.family_of(model)
             plain = self._active(lambda plan: not plan.guides)
             guiding = self._active(lambda plan: plan.guides)
             with steering(model, self._plain_bindings(model, inputs, plain)):
-                if self._forward is not None or not any(guiding):
+                if not any(guiding) or not self._is_conditional(denoisers.sample_of(family, inputs)):
                     return call(*args, **kwargs)
                 return self._record(model, call, args, kwargs, copy_nest(inputs), guiding, compiled)
 
         return around
+
+    def _is_conditional(self, sample: Tensor) -> bool:
+        """The first call of a step is the conditional one; a call on other latents begins another step.
+
+        Raises:
+            NotReachedError: where somebody else's scheduler steps, so that guidance would be lost without a word.
+        """
+        if self._forward is None:
+            return True
+        if self._forward.shares(sample):
+            return False
+        self._unused += 1
+        if self._unused > WARM_UPS:
+            raise NotReachedError(
+                f"The denoiser ran on {self._unused + 1} different latents while the attached scheduler made no step: "
+                "attach to the pipeline (or pass the scheduler) that runs."
+            )
+        return True
 
     def _record(
         self, model: torch.nn.Module, call: Call, args: Any, kwargs: Any, inputs: Any, guiding: PlanRows, compiled: bool
@@ -181,6 +222,7 @@ class DiffusionSession:
             why = why_no_fork(every, inputs, family.no_fork, compiled)
             shared = [] if why else stages_before(every, [s.name for s in wanted_sites(guiding)])
             tape = Tape(shared, family.chain) if shared else None
+        self._forward = None
         with tape.recording() if tape else nullcontext():
             output = call(*args, **kwargs)
         self._forward = _Forward(model, call, inputs, output, tape, why)
@@ -209,7 +251,20 @@ class DiffusionSession:
             if batch % len(plain):
                 raise SteeringError(f"{len(plain)} variants cannot be dealt to a batch of {batch} rows.")
             rows = plain * (batch // len(plain))
-        return self._bindings(model, inputs, rows, reacting=True)
+        bindings, device = self._bindings(model, inputs, rows), denoisers.sample_of(family, inputs).device
+        lanes = self._lanes(model, batch) if len(plain) > 1 else {}
+        for site, binding in bindings.items():
+            binding.lanes = lanes
+            binding.reactors = tuple(
+                (limited(plan, site, plain, device), plan.states[site]) for plan in _reacting(plain, site)
+            )
+        return bindings
+
+    def _lanes(self, model: torch.nn.Module, batch: int) -> dict[str, slice]:
+        """The lanes of a forward, where variants tell how many rows the latents have."""
+        family = denoisers.family_of(model)
+        parts = self._cfg or (family.cfg if family else ("uncond", "cond"))
+        return {name: lane.rows for name, lane in cfg_lanes(batch, len(self.rows), parts).items()}
 
     # ---- the perturbed lane ------------------------------------------------------------------------------------------
     def _on_step(self, model_output: Tensor) -> Tensor:
@@ -221,7 +276,7 @@ class DiffusionSession:
                 "and num_images_per_prompt=1."
             )
         guiding = self._active(lambda plan: plan.guides)
-        forward, self._forward = self._forward, None
+        forward, self._forward, self._unused = self._forward, None, 0
         if not any(guiding):
             return model_output
         if forward is None:
@@ -243,7 +298,9 @@ class DiffusionSession:
         """``model_output + sum of w (cond - perturbed)`` over the lanes; rows without a lane keep their bits."""
         family = denoisers.family_of(forward.model)
         batch = denoisers.sample_of(family, forward.inputs).shape[0]
-        samples, channels = model_output.shape[:2]
+        samples = model_output.shape[0]
+        # a variance beside the mean is not extrapolated, whether the scheduler gets it or not
+        channels = min(model_output.shape[1], denoisers.sample_of(family, forward.inputs).shape[1])
         parts = self._cfg or (family.cfg if family else ("uncond", "cond"))
         first = cfg_lanes(batch, samples, parts)["cond"].rows.start
         device, wide = model_output.device, compute_dtype(model_output)
@@ -251,13 +308,15 @@ class DiffusionSession:
         cond_rows = self._constant(tuple(lane.row + first for lane in lanes), torch.long, device)
         perturbed = _prediction(self._perturbed(forward, cond_rows, lanes, first, batch, samples))
         cond = _prediction(forward.output).index_select(0, cond_rows)
-        # some models predict a variance beside the mean
         delta = cond[:, :channels].to(wide) - perturbed[:, :channels].to(wide)
-        if delta.shape[1:] != model_output.shape[1:]:
+        if delta.shape[2:] != model_output.shape[2:] or channels > delta.shape[1]:
             raise SteeringError(
                 f"The scheduler gets predictions of shape {tuple(model_output.shape[1:])}, the denoiser makes "
                 f"{tuple(delta.shape[1:])}: guidance is not available for a pipeline that reshapes in between."
             )
+        if channels < model_output.shape[1]:
+            rest = delta.new_zeros(len(lanes), model_output.shape[1] - channels, *delta.shape[2:])
+            delta = torch.cat([delta, rest], dim=1)
         sign = denoisers.prediction_sign(forward.model)
         weight = self._constant(tuple(sign * lane.scale for lane in lanes), wide, device)
         spread = (-1, *[1] * (delta.dim() - 1))
@@ -276,9 +335,14 @@ class DiffusionSession:
             if len(inputs[name]) == batch:
                 inputs[name] = [inputs[name][first + lane.row] for lane in lanes]
         plain = self._active(lambda plan: not plan.guides)
-        bindings = self._bindings(
-            forward.model, inputs, [(*row_of(plain, lane.row, samples), lane.plan) for lane in lanes], reacting=False
-        )
+        wanted = [(*row_of(plain, lane.row, samples), lane.plan) for lane in lanes]
+        bindings, device = self._bindings(forward.model, inputs, wanted), rows.device
+        for site, binding in bindings.items():  # what they keep is that of the normal forward
+            binding.reactors = tuple(
+                (limited(plan, site, wanted, device), dict(plan.states[site]))
+                for plan in _reacting(wanted, site)
+                if not plan.processor.reads_only
+            )
         why = forward.why_whole or (forward.tape.refusal if forward.tape else None)
         if why:
             self.unforked[why] = self.unforked.get(why, 0) + 1
@@ -300,22 +364,21 @@ class DiffusionSession:
 
     # ---- bindings ----------------------------------------------------------------------------------------------------
     def _bindings(
-        self, model: torch.nn.Module, inputs: dict[str, Any], rows: Sequence[tuple[Plan, ...]], reacting: bool
+        self, model: torch.nn.Module, inputs: dict[str, Any], rows: Sequence[tuple[Plan, ...]]
     ) -> dict[Site, Binding]:
         """A binding for every site at which a row wants something, made once for each arrangement of rows."""
         family = denoisers.family_of(model)
         device = denoisers.sample_of(family, inputs).device
         shape = _text_and_sample_shape(family, inputs)
-        key = (id(model), reacting, device, shape, tuple(tuple(map(id, row)) for row in rows))
+        key = (id(model), device, shape, tuple(tuple(map(id, row)) for row in rows))
         if key not in self._prepared:
             made = {}
             for site in wanted_sites(rows):
                 edits = merge_edits(rows, site, device)
-                reactors = _reactors(rows, site) if reacting else ()
-                if edits or reactors:
+                if edits or _reacting(rows, site):
                     layout = denoisers.spans(model, family, inputs, site, needs_grid(edits))
                     turn = denoisers.main_call(family, site, unwrap(model).get_submodule(site.name))
-                    made[site] = Binding(site, edits, reactors, layout, main_call=turn)
+                    made[site] = Binding(site, edits, spans=layout, main_call=turn)
             self._prepared[key] = made
         return self._prepared[key]
 
@@ -341,13 +404,15 @@ def _text_and_sample_shape(family: denoisers.Family | None, inputs: dict[str, An
     return (tuple(sample.shape[1:]), text.shape[1] if isinstance(text, Tensor) else None)
 
 
-def _reactors(rows: Sequence[tuple[Plan, ...]], site: Site) -> tuple[tuple[Any, dict[str, Any]], ...]:
-    """The processors that look at the data of a site. They see all rows."""
+def _reacting(rows: Sequence[tuple[Plan, ...]], site: Site) -> list[Plan]:
+    """The plans that look at the data of a site."""
     plans = {id(plan): plan for row in rows for plan in row if plan.reacts and site in plan.selection}
-    return tuple((plan.processor, plan.states[site]) for plan in plans.values())
+    return list(plans.values())
 
 
-def refusals(models: Sequence[torch.nn.Module], rows: Rows, has_scheduler: bool) -> list[str]:
+def refusals(
+    models: Sequence[torch.nn.Module], rows: Rows, has_scheduler: bool, cfg: tuple[str, ...] | None = None
+) -> list[str]:
     """Why these plans cannot run on these denoisers; empty where they can. Asked at attach and when a run begins."""
     reasons = []
     plans = {id(plan): plan for row in rows for plan in row}.values()
@@ -363,15 +428,13 @@ def refusals(models: Sequence[torch.nn.Module], rows: Rows, has_scheduler: bool)
             f"{guiding[0]} guides where the scheduler steps, and a bare {type(unwrap(models[0])).__name__} has none: "
             "attach to the pipeline, or pass scheduler=... from your own loop."
         )
+    if guiding:
+        reasons += [why for why in (denoisers.guidance_refusal(model, cfg) for model in models) if why]
     reasons += [
-        f"{type(plan.processor).__name__} guides and reacts to data: the perturbed lane takes edits of plan() only."
+        f"steps={plan.where.steps!r} of {type(plan.processor).__name__} is a phase of language models: give fractions, "
+        "positions or noise levels."
         for plan in plans
-        if plan.guides and plan.reacts
-    ]
-    reasons += [
-        f"{type(plan.processor).__name__} reacts to data, which the perturbed lane of {guiding[0]} does not ask for."
-        for plan in plans
-        if guiding and plan.reacts and not plan.guides and not plan.processor.reads_only
+        if plan.where.steps in ("prefill", "decode")
     ]
     if any("image_free" in plan.processor.lanes for plan in plans):
         reasons.append("Methods that compare with an image-free prompt need a vision-language model.")
