@@ -151,13 +151,15 @@ def restrict(edit: Edit, mask: Tensor, lanes: int = 1) -> Edit:
     """The edit where ``mask`` holds, its neutral value elsewhere.
 
     Args:
-        mask: bool ``(R or 1, H)``, rows and heads. Fewer rows than the edit has stand for contiguous repetition.
-        lanes: how often the rows of the edit repeat as blocks.
+        mask: bool ``(R or 1, H)``, rows and heads of one lane. Fewer rows than the lane has stand for contiguous
+            repetition.
+        lanes: how often the rows of the mask repeat as blocks, one after the other.
     """
     tensor = _tensor(edit)
+    if mask.shape[0] > 1:
+        rows = max(tensor.shape[0], lanes * mask.shape[0])
+        tensor, mask = expand_rows(tensor, rows), torch.cat([expand_rows(mask, rows // lanes)] * lanes)
     neutral = torch.ones_like(tensor) if isinstance(edit, Scale) else torch.zeros_like(tensor)
-    if mask.shape[0] > 1 and tensor.shape[0] > 1:
-        mask = torch.cat([expand_rows(mask, tensor.shape[0] // lanes)] * lanes)
     return _with_tensor(edit, torch.where(mask[..., None] if tensor.dim() == 3 else mask, tensor, neutral))
 
 

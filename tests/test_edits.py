@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attnsteer.attend import attend, bias_keys
-from attnsteer.edits import ArgmaxValue, BlurredQuery, KeyBias, MeanQuery, MeanValue, Mix, OwnValue, Scale
+from attnsteer.edits import ArgmaxValue, BlurredQuery, KeyBias, MeanQuery, MeanValue, Mix, OwnValue, Scale, restrict
 from attnsteer.errors import SteeringError
 from attnsteer.kernels import reference
-from attnsteer.site import AttentionCall, Spans
+from attnsteer.site import AttentionCall, Spans, expand_rows
 from attnsteer.targets import blur, kernel_size
 
 from .calls import MASKS, call_of, explicit_map, make_call, repeated
@@ -231,6 +231,18 @@ def test_scale_multiplies_heads():
     for h, w in enumerate(weight[0].tolist()):
         assert torch.equal(out[:, h], w * call.output[:, h] + 0.0) or w == 1
     assert torch.equal(out[:, 1], call.output[:, 1])
+
+
+@pytest.mark.parametrize(("lanes", "given"), [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (2, 8)])
+def test_a_restricted_edit_deals_its_rows_to_each_lane(lanes, given):
+    """Two prompts of two rows, the first left alone: [1, 1, w, w] in every lane, however many rows the edit has."""
+    weight = torch.arange(1, given + 1)[:, None].expand(-1, 3) + 2.0
+    edit = restrict(Scale(weight), torch.tensor([[False] * 3, [True, False, True]]), lanes)
+    batch = 4 * lanes
+    out = expand_rows(edit.weight, batch)
+    for row in range(batch):
+        w = weight[row * given // batch, 0].item() if row % 4 >= 2 else 1.0
+        assert out[row].tolist() == [w, 1.0, w]
 
 
 def test_scale_zero_silences_an_overflowed_head():

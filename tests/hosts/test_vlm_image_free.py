@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 import attnsteer
-from attnsteer import AttentionCall, SteeringError
+from attnsteer import AttentionCall, Processor, SteeringError, Where
+from attnsteer.edits import Edit, Scale
 from attnsteer.processors.vhd import VHD
 from attnsteer.processors.vhr import VHR
 from tests.hosts.common import GREEDY, Look, ScaleAll, factors_of
@@ -137,3 +139,28 @@ def test_cross_attention_to_the_image_is_refused_with_a_reason() -> None:
         attnsteer.attach(model, VHR())
     with attnsteer.steer(model, ScaleAll()):
         pass
+
+
+@dataclass(frozen=True)
+class DoubleAll(Processor):
+    """Asks for one row of weights, whatever the batch."""
+
+    kinds = ("causal",)
+    token_agnostic = True
+
+    def react(self, call: AttentionCall) -> Edit:
+        return Scale(torch.full((1, call.q.shape[1]), 2.0))
+
+
+def test_a_reacting_edit_of_one_variant_stays_in_its_rows_of_both_lanes() -> None:
+    model, make = vlms.build("llava")
+    inputs = make(2)
+    choice = VHR(Where(layers=[-1]))
+    with attnsteer.steer(model, variants=[[choice], [choice, DoubleAll()]]) as steering:
+        model(**inputs)
+        (together,) = (state["vhd"] for state in steering.states(choice).values())
+    for row, variant in enumerate([[choice], [choice, DoubleAll()]]):
+        with attnsteer.steer(model, *variant) as steering:
+            model(**vlms.row(inputs, row))
+            (alone,) = (state["vhd"] for state in steering.states(choice).values())
+        torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-5)
