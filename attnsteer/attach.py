@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
-from weakref import WeakValueDictionary
 
 import torch
 
 from .errors import SteeringError
 from .processor import Processor
-from .scheduler import Plan, Rows, make_plan
+from .scheduler import Plan, Rows, make_plan, row_conflicts
 from .site import Site
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ class Session(Protocol):
     def stop(self) -> None: ...
 
 
-_attached: WeakValueDictionary[int, Steering] = WeakValueDictionary()  # by id of every steered model and pipeline
+_attached: weakref.WeakValueDictionary[int, Steering] = (
+    weakref.WeakValueDictionary()
+)  # by id of every steered model and pipeline
 
 
 class Steering:
@@ -42,13 +45,13 @@ class Steering:
         selections: for every processor the sites and heads that it acts on.
     """
 
-    def __init__(self, target: Any, session: Session, models: Sequence[torch.nn.Module], refused: Sequence[str] = ()):
+    def __init__(self, target: Any, session: Session, occupied: Sequence[Any]):
         self.target = target
         self.session = session
-        session.owner = (
-            self  # the interceptions hold the session: a steering lives as long as its target, or until detached
-        )
-        self._keys = _keys(target, models)
+        # the interceptions hold the session: a steering lives as long as its target, or until detached
+        session.owner = self
+        self._keys = [id(obj) for obj in occupied]
+        weakref.finalize(self, _disarm)
 
     @property
     def plans(self) -> list[Plan]:
@@ -89,8 +92,7 @@ class Steering:
         finally:
             for key in self._keys:
                 _attached.pop(key, None)
-            if not _attached:
-                _disarm()
+            _disarm()
 
     def __enter__(self) -> Steering:
         return self
@@ -129,13 +131,19 @@ def attach(
     for item in (p for row in given for p in row):
         if not isinstance(item, Processor):
             raise SteeringError(f"{item!r} is not an attnsteer processor; stock processors go to set_attn_processor.")
+    for row in given:
+        twice = [type(p).__name__ for i, p in enumerate(row) if any(p is other for other in row[:i])]
+        if twice:
+            raise SteeringError(f"The same {twice[0]} object is given twice: give it once, or make a second one.")
     models = models_of(target)
-    if any(key in _attached for key in _keys(target, models)):
+    occupied = _occupied(target, models, scheduler)
+    taken = next((obj for obj in occupied if id(obj) in _attached), None)
+    if taken is not None:
         raise SteeringError(
-            f"{type(target).__name__} is steered already: detach it first, or attach all processors at once."
+            f"This {type(taken).__name__} is steered already: detach it first, or attach all processors at once."
         )
     session = _session(target, models, given, scheduler, cfg, processor)
-    steering = Steering(target, session, models)
+    steering = Steering(target, session, occupied)
     for key in steering._keys:
         _attached[key] = steering
     try:
@@ -159,8 +167,8 @@ def detach(target: Any) -> None:
 
 
 def attached_to(target: Any) -> Steering | None:
-    """The steering of a pipeline or model, if any."""
-    return _attached.get(id(target))
+    """The steering of a pipeline or model, if any; a pipeline that shares a steered denoiser is steered too."""
+    return next((found for obj in (target, *models_of(target)) if (found := _attached.get(id(obj)))), None)
 
 
 @contextmanager
@@ -237,14 +245,22 @@ def _session(
     there = sites(target)
     plans = {id(p): make_plan(p, there) for row in given for p in row}
     rows = tuple(tuple(plans[id(p)] for p in row) for row in given)
-    if _is_language_model(models[0]):
+    language, pipeline = _is_language_model(models[0]), _is_pipeline(target)
+    reasons = row_conflicts(rows)
+    reasons += [
+        f"{name}= is for diffusion models." for name, v in (("scheduler", scheduler), ("cfg", cfg)) if v and language
+    ]
+    reasons += ["scheduler= is for bare denoisers; a pipeline brings its own."] if scheduler and pipeline else []
+    reasons += ["processor= is for language models."] if processor and not language else []
+    if reasons:
+        raise SteeringError(reasons)
+    if language:
         from .hosts.causal_lm import LanguageSession
 
         return LanguageSession(models[0], rows, processor)
     from .hosts.diffusion import DiffusionSession, refusals
 
-    pipeline = _is_pipeline(target)
-    reasons = refusals(models, rows, has_scheduler=pipeline or scheduler is not None)
+    reasons = refusals(models, rows, pipeline or scheduler is not None, cfg)
     if reasons:
         raise SteeringError(reasons)
     return DiffusionSession(
@@ -260,9 +276,10 @@ def _processors_of(variant: Variant | Sequence[Processor] | Processor | None) ->
     return list(variant) if isinstance(variant, Sequence) else list(variant.processors)
 
 
-def _keys(target: Any, models: Sequence[torch.nn.Module]) -> list[int]:
-    """The ids of everything that a steering occupies; a compiled model is the model that it was made from."""
-    return [id(obj) for obj in (target, *models, *(getattr(model, "_orig_mod", model) for model in models))]
+def _occupied(target: Any, models: Sequence[torch.nn.Module], scheduler: Any) -> list[Any]:
+    """Everything that a steering changes; a compiled model is the model that it was made from."""
+    schedulers = [found for found in (scheduler, getattr(target, "scheduler", None)) if found is not None]
+    return [target, *models, *(getattr(model, "_orig_mod", model) for model in models), *schedulers]
 
 
 def _names(processors: Sequence[Processor]) -> str:
@@ -271,8 +288,8 @@ def _names(processors: Sequence[Processor]) -> str:
 
 def _disarm() -> None:
     """Take the library wrappers away once nothing is steered; only worlds that were used are loaded."""
-    import sys
-
+    if _attached:
+        return
     for name in ("diffusers_seam", "transformers_seam"):
         module = sys.modules.get(f"{__package__}.hosts.{name}")
         if module is not None:

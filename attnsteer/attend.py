@@ -44,7 +44,7 @@ def attend(call: AttentionCall, edits: Sequence[Edit]) -> Tensor:
     """
     edits = sorted(edits, key=_turn)
     reasons = [reason for edit in edits for reason in refusals(call, edit)] + _mask_reasons(call, edits)
-    reasons += _conflicts(edits)
+    reasons += conflicts(edits)
     if reasons:
         raise SteeringError(reasons)
     output, steered = call.output, call
@@ -110,7 +110,7 @@ def _mask_reasons(call: AttentionCall, edits: Sequence[Edit]) -> list[str]:
     return [f"The {tuple(mask.shape)} mask of {call.site.name!r} does not broadcast to (B, H, Nq, Nk) = {full}."]
 
 
-def _conflicts(edits: Sequence[Edit]) -> list[str]:
+def conflicts(edits: Sequence[Edit]) -> list[str]:
     """Pairs that do not compose: a bias on the last row is invisible to targets that look at logits."""
     last = any(isinstance(edit, KeyBias) and edit.queries == "last" for edit in edits)
     blind = (OwnValue(), MeanValue())

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .attend import conflicts
 from .edits import BlurredQuery, Edit, KeyBias, Mix, stack_rows
 from .errors import SteeringError
 from .processor import Processor
@@ -69,6 +70,15 @@ def make_plan(processor: Processor, sites: Sequence[Site]) -> Plan:
     wanted = {site: processor.plan(site, heads) for site, heads in selection.items()}
     edits = {site: edit for site, edit in wanted.items() if edit is not None}
     return Plan(processor, where, selection, edits, {site: {} for site in selection})
+
+
+def row_conflicts(rows: Rows) -> list[str]:
+    """Pairs of edits of one row that do not compose at a site where they meet."""
+    found = []
+    for row in rows:
+        for site in wanted_sites((row,)):
+            found += conflicts([plan.edits[site] for plan in row if site in plan.edits])
+    return list(dict.fromkeys(found))
 
 
 def row_of(rows: Rows, index: int, total: int) -> tuple[Plan, ...]:

@@ -10,8 +10,8 @@ the same as blurred queries (the blur G is linear)::
     eps = eps_cfg + w (eps_cond - eps_perturbed)            w = scale; eps_cfg is eps_cond without CFG
 
 Only image queries are blurred, over their real (height, width), frame by frame; kernel sizes are clipped per axis,
-which on square grids is the authors' code. Infinite sigma gives every image query the mean query: one row of attention,
-broadcast. Cost: the forward pass from the first chosen layer on, for one extra row per conditional row, plus one more
+which on square grids is the authors' code. Infinite sigma gives every image query the mean over all of them (of all
+frames): one row of attention, broadcast. Cost: the forward pass from the first chosen layer on, for one extra row per conditional row, plus one more
 kernel call in the chosen layers where sigma is finite.
 
 The paper's text and the authors' code differ in the combination; this is the code's. Default of the authors: SDXL, mid

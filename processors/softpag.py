@@ -108,6 +108,11 @@ class SoftPAG(Processor):
     def inert(self) -> bool:
         return self.strength == 0 or self.scale == 0
 
+    def refusals(self, site: Site) -> list[str]:
+        if self.region == "text" and site.kind == "self":
+            return [f"region='text' needs text queries; {site.name!r} has image queries only: choose 'image' or 'all'."]
+        return []
+
     def plan(self, site: Site, heads: tuple[int, ...]) -> Edit:
         targets: dict[str, Target] = {
             "identity": OWN_VALUE[self.variant],
