@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from .._version import __version__
 from ..errors import NotReachedError, SteeringError
-from . import demo, generate, listing, sites
+from . import demo, generate, listing, models, sites
 
 COMMANDS = (demo, listing, sites, generate)
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - nobody reads any more; keeps the interpreter's exit quiet
         return 1
-    except (SteeringError, OSError, MemoryError) as error:
+    except (SteeringError, models.RunError, OSError, MemoryError) as error:
         print(f"attnsteer: error: {_sentence(error)}", file=sys.stderr)
         return 2 if isinstance(error, SteeringError) and not isinstance(error, NotReachedError) else 1
     except RuntimeError as error:

@@ -14,7 +14,18 @@ from typing import Any
 
 from ..errors import SteeringError
 from . import models
-from .options import add_model, add_processors, command, parameter, positive, processors
+from .options import add_model, add_processors, command, finite, parameter, positive, processors
+
+OWNED = {
+    "prompt": "--prompt",
+    "negative_prompt": "--negative-prompt",
+    "num_inference_steps": "--num-steps",
+    "guidance_scale": "--guidance-scale",
+    "generator": "--seed",
+    "output_type": "--out",
+    "return_dict": "--json",
+}
+"""Arguments of the pipeline that have an option."""
 
 
 def add(subparsers: Any) -> None:
@@ -33,7 +44,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--negative-prompt", help="what not to show")
     parser.add_argument("--image", metavar="FILE", help="the picture that the question is about")
     parser.add_argument("--num-steps", type=positive, default=20, help="denoising steps (default: 20)")
-    parser.add_argument("--guidance-scale", type=float, help="classifier-free guidance (default: the pipeline's)")
+    parser.add_argument("--guidance-scale", type=finite, help="classifier-free guidance (default: the pipeline's)")
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="length limit of an answer (default: 128)")
     parser.add_argument(
         "--call", action="append", default=[], metavar="NAME=VALUE", help="an argument of the pipeline, e.g. height=512"
@@ -43,18 +54,25 @@ def add(subparsers: Any) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    wanted = processors(given)
+    wanted, call = processors(given), pipeline_arguments(given)
     picture = load_picture(given.image) if given.image else None
     pipeline = models.is_pipeline(models.locate(given.model))
     if pipeline and picture is not None:
         raise SteeringError(f"--image is for vision-language models; {given.model!r} makes pictures.")
     if not pipeline and picture is None:
         raise SteeringError(f"{given.model!r} answers questions about a picture: give one with --image.")
+    idle = [
+        name for name in ("negative_prompt", "guidance_scale", "call", "out") if getattr(given, name) not in (None, [])
+    ]
+    if not pipeline and idle:
+        raise SteeringError(
+            f"--{idle[0].replace('_', '-')} is for diffusion models; {given.model!r} answers questions."
+        )
     target, hf_processor = models.load(given.model, given.device, given.dtype)
     start = time.perf_counter()
     result: dict[str, Any]
     if pipeline:
-        result = {"files": paint(given, target, wanted)}
+        result = {"files": paint(given, target, wanted, call)}
     else:
         result = {"answer": answer(target, hf_processor, picture, given.prompt, wanted, given.max_new_tokens)}
     report: dict[str, Any] = {"model": given.model, "prompt": given.prompt, "seed": given.seed}
@@ -64,24 +82,20 @@ def run(given: argparse.Namespace) -> int:
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
-def paint(given: argparse.Namespace, pipe: Any, wanted: list[Any]) -> list[str]:
+def paint(given: argparse.Namespace, pipe: Any, wanted: list[Any], call: dict[str, Any]) -> list[str]:
     """Generate, write the file, and give its path in a list (frames of a video make one GIF)."""
     import torch
 
     from ..attach import steer
 
     accepted = inspect.signature(type(pipe).__call__).parameters
-    call = call_defaults(given.model) | dict(parameter(text) for text in given.call)
-    call |= {"num_inference_steps": given.num_steps, "generator": torch.Generator().manual_seed(given.seed)}
-    for name in ("negative_prompt", "guidance_scale"):
-        if getattr(given, name) is not None:
-            call[name] = getattr(given, name)
+    call = call_defaults(given.model) | call | {"generator": torch.Generator().manual_seed(given.seed)}
     unknown = sorted(set(call) - set(accepted))
     if unknown:
         raise SteeringError(f"{type(pipe).__name__} takes no {unknown[0]!r}; it takes {', '.join(list(accepted)[1:])}.")
     pipe.set_progress_bar_config(disable=given.json or not sys.stderr.isatty())
     out = out_file(given)
-    with steer(pipe, *wanted) if wanted else nullcontext():
+    with models.running(pipe), steer(pipe, *wanted) if wanted else nullcontext():
         output = pipe(prompt=given.prompt, **call)
     out.parent.mkdir(parents=True, exist_ok=True)
     if hasattr(output, "images"):
@@ -91,6 +105,15 @@ def paint(given: argparse.Namespace, pipe: Any, wanted: list[Any]) -> list[str]:
         out = out.with_suffix(".gif")
         frames[0].save(out, save_all=True, append_images=frames[1:], duration=80, loop=0)
     return [str(out)]
+
+
+def pipeline_arguments(given: argparse.Namespace) -> dict[str, Any]:
+    """What --call and the options of their own say to the pipeline."""
+    call = dict(parameter(text, "--call") for text in given.call)
+    for name in call.keys() & OWNED.keys():
+        raise SteeringError(f"--call {name}=... has an option of its own: {OWNED[name]}.")
+    options = {name: getattr(given, name) for name in ("negative_prompt", "guidance_scale")}
+    return call | {"num_inference_steps": given.num_steps} | {k: v for k, v in options.items() if v is not None}
 
 
 def call_defaults(model: str) -> dict[str, Any]:
@@ -143,7 +166,7 @@ def answer(model: Any, processor: Any, picture: Any, question: str, wanted: list
     from ..attach import steer
 
     inputs = question_inputs(processor, [picture], question).to(model.device, model.dtype)
-    with steer(model, *wanted, processor=processor) if wanted else nullcontext():
+    with models.running(model), steer(model, *wanted, processor=processor) if wanted else nullcontext():
         tokens = model.generate(**inputs, max_new_tokens=limit, do_sample=False)
     return processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
 

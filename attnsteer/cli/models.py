@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +111,27 @@ def placement(device: str, dtype: str) -> tuple[Any, Any]:
     if dtype == "auto":
         return place, torch.float32 if place.type == "cpu" else torch.bfloat16
     return place, getattr(torch, dtype)
+
+
+class RunError(Exception):
+    """A library could not do what it was asked for."""
+
+
+@contextmanager
+def running(target: Any) -> Iterator[None]:
+    """Around a call of a pipeline or model: whatever a library raises becomes one sentence that says where.
+
+    Raises:
+        RunError: instead of what the library raised.
+    """
+    try:
+        yield
+    except (SteeringError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {error}"
+        raise RunError(f"{type(target).__name__} failed: {what} ({place.filename}, line {place.lineno})") from error
 
 
 def _file(source: str, name: str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ def command(subparsers: Any, name: str, run: Run, help: str, examples: Sequence[
     )
     parser.set_defaults(run=run)
     shared = parser.add_argument_group("shared options")
-    shared.add_argument("--seed", type=int, default=0, help="seed of all randomness (default: 0)")
+    shared.add_argument("--seed", type=seed, default=0, help="seed of all randomness (default: 0)")
     shared.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (default: auto)")
     shared.add_argument("--dtype", choices=DTYPES, default="auto", help="auto is float32 on the CPU, else bfloat16")
     shared.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -38,6 +39,22 @@ def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is out of range: allowed is 1 or more")
+    return number
+
+
+def seed(text: str) -> int:
+    """A seed that torch and numpy take, for argparse."""
+    number = int(text)
+    if not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"{number} is out of range: allowed is 0 to 2**63 - 1")
+    return number
+
+
+def finite(text: str) -> float:
+    """A number that is neither nan nor infinite, for argparse."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} is not allowed: give a finite number")
     return number
 
 
@@ -88,11 +105,11 @@ def processors(given: argparse.Namespace) -> list[Processor]:
     return [processor_from_dict({"processor": given.processor, "parameters": parameters})]
 
 
-def parameter(text: str) -> tuple[str, Any]:
+def parameter(text: str, option: str = "--param") -> tuple[str, Any]:
     """``strength=.5`` -> ``("strength", 0.5)``; values are numbers, true, false, null, JSON or plain words."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
-        raise SteeringError(f"--param {text!r} is not of the form NAME=VALUE.")
+        raise SteeringError(f"{option} {text!r} is not of the form NAME=VALUE.")
     return name, _value(value)
 
 
