@@ -117,7 +117,7 @@ def _refusals(target: Any, rows: Any, scheduler: Any) -> list[str]:
     if _is_language_model(models[0]):
         from .hosts import causal_lm
 
-        return causal_lm.refusals(models[0])
+        return causal_lm.refusals(models[0], rows)
     from .hosts.diffusion import refusals
 
     return refusals(models, rows, hasattr(target, "scheduler") or scheduler is not None)

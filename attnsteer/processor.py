@@ -61,6 +61,12 @@ class Processor:
         """True where the parameters make the method a no-op (strength 0): the engine then leaves the model alone."""
         return False
 
+    @property
+    def removal(self) -> str:
+        """How the image is taken out of the ``image_free`` lane: ``"delete"`` drops its tokens, ``"mask"`` hides them.
+        Methods that are attached together share one lane, so they need the same; most make it a parameter."""
+        return "delete"
+
     def refusals(self, site: Site) -> list[str]:
         """Reasons why the method cannot act at a selected site; empty where it can."""
         return []

@@ -18,50 +18,23 @@ import torch
 from torch import Tensor
 
 from ..binding import ATTRIBUTE, Binding
-from ..edits import Edit, restrict, tile_rows
+from ..edits import Edit, tile_rows
 from ..errors import NotReachedError, SteeringError
-from ..processor import Processor
-from ..scheduler import Plan, Rows, merge_edits, wanted_sites
-from ..site import AttentionCall, Phase, Site, Spans
+from ..reacting import Reacts, Silent, limited
+from ..scheduler import Rows, merge_edits, wanted_sites
+from ..site import Phase, Site, Spans
 from ..spans import KeySpans
 from . import transformers_seam
 from .base import intercept
 from .decoders import core, refusals, sites
-from .vlm_families import lockstep_inputs, padding_id, vision_tokens, why_no_image_free_lane
+from .vlm_families import lockstep_inputs, padding_id, vision_tokens
 from .vlm_inputs import cache_length, execution_device, kept_positions, length, on_device, undisturbed
 
 __all__ = ["LanguageSession", "refusals", "sites"]
 
-Table = dict[Site, tuple[tuple[Edit, ...], tuple[tuple[Processor, dict[str, Any]], ...]]]
+Table = dict[Site, tuple[tuple[Edit, ...], tuple[tuple[Reacts, dict[str, Any]], ...]]]
 """For every site the static edits, and the reacting processors with their states."""
 PHASES: tuple[Phase, Phase] = ("prefill", "decode")
-
-
-class _Within(Processor):
-    """A reacting processor limited to its rows and heads; elsewhere its edit is neutral."""
-
-    inner: Processor
-    mask: Tensor  # (R, H) bool
-
-    def __init__(self, inner: Processor, mask: Tensor):
-        self.__dict__.update(inner=inner, mask=mask)  # processors are frozen
-
-    def react(self, call: AttentionCall) -> Edit | None:
-        edit = self.inner.react(call)
-        return None if edit is None else restrict(edit, self.mask, max(1, len(call.lanes)))
-
-
-class _Silent(Processor):
-    """A reacting processor that may look but whose edit is dropped (outside its steps)."""
-
-    inner: Processor
-
-    def __init__(self, inner: Processor):
-        self.__dict__["inner"] = inner
-
-    def react(self, call: AttentionCall) -> Edit | None:
-        self.inner.react(call)
-        return None
 
 
 class _Method:
@@ -97,11 +70,11 @@ class LanguageSession:
         processor: the Hugging Face processor or tokenizer; it knows tokens that only wrap an image.
 
     Raises:
-        SteeringError: every reason why this model cannot be steered.
+        SteeringError: every reason why these plans cannot act on this model.
     """
 
     def __init__(self, target: torch.nn.Module, rows: Rows, processor: Any = None):
-        reasons = refusals(target)
+        reasons = refusals(target, rows)
         if reasons:
             raise SteeringError(reasons)
         self.target, self.processor = target, processor
@@ -112,16 +85,10 @@ class LanguageSession:
         self._active = tuple(tuple(plan for plan in row if not plan.processor.inert) for row in rows)
         self._plans = list({id(plan): plan for row in self._active for plan in row}.values())
         self._image_free = [plan for plan in self._plans if "image_free" in plan.processor.lanes]
-        if self._image_free and why_no_image_free_lane(self.model.config):
-            raise SteeringError(why_no_image_free_lane(self.model.config))
-        self._removal = self._one_removal()
+        self._removal = next((plan.processor.removal for plan in self._image_free), "delete")  # refusals: one for all
         self._modules = {site: self.model.get_submodule(site.name) for site in wanted_sites(self._active)}
         self._bindings = {site: Binding(site, phase="prefill") for site in self._modules}
-        there = sites(target)
-        on = {
-            phase: {id(p): p.processor.where_for(there).active(0, 1, phase=phase) for p in self._plans}
-            for phase in PHASES
-        }
+        on = {phase: {id(p): p.where.active(0, 1, phase=phase) for p in self._plans} for phase in PHASES}
         self._phased = on["prefill"] != on["decode"]
         self._tables = {phase: self._table(phase, on[phase]) for phase in PHASES}
         needs_spans = any(plan.reacts and not plan.processor.token_agnostic for plan in self._plans)
@@ -157,35 +124,21 @@ class LanguageSession:
             self._restore.pop()()
 
     # ---- what to do at each site -------------------------------------------------------------------------------------
-    def _one_removal(self) -> str:
-        asked = sorted({getattr(plan.processor, "removal", "delete") for plan in self._image_free})
-        if len(asked) > 1:
-            raise SteeringError(
-                f"removal={asked[0]!r} and {asked[1]!r} cannot share one image-free pass: attach one kind."
-            )
-        return asked[0] if asked else "delete"
-
     def _table(self, phase: Phase, on: Mapping[int, bool]) -> Table:
         """Static edits and reacting processors of every site in a phase; ``on`` says which plans act, by their id."""
         table: Table = {}
         for site, module in self._modules.items():
             device = execution_device(module)
             rows = [[plan for plan in row if on[id(plan)]] for row in self._active]
-            reactors: list[tuple[Processor, dict[str, Any]]] = []
+            reactors: list[tuple[Reacts, dict[str, Any]]] = []
             for plan in self._plans:
                 if plan.reacts and site in plan.selection:
                     if on[id(plan)]:
-                        reactors.append((self._limited(plan, site, device), plan.states[site]))
+                        reactors.append((limited(plan, site, self._active, device), plan.states[site]))
                     elif phase == "prefill" and plan in self._image_free:
-                        reactors.append((_Silent(plan.processor), plan.states[site]))
+                        reactors.append((Silent(plan.processor), plan.states[site]))
             table[site] = (merge_edits(rows, site, device), tuple(reactors))
         return table
-
-    def _limited(self, plan: Plan, site: Site, device: torch.device) -> Processor:
-        heads = torch.tensor([head in plan.selection[site] for head in range(site.heads)])
-        rows = torch.tensor([any(other is plan for other in row) for row in self._active])
-        mask = rows[:, None] & heads
-        return plan.processor if bool(mask.all()) else _Within(plan.processor, mask.to(device))
 
     def _set_phase(self, phase: Phase) -> None:
         for site, binding in self._bindings.items():

@@ -5,13 +5,15 @@ Vision towers are not listed: their tokens have no causal order and no text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
+from ..scheduler import Plan, Rows
 from ..site import Site
 from .base import unwrap
+from .vlm_families import why_no_image_free_lane
 
 
 def core(model: torch.nn.Module) -> torch.nn.Module:
@@ -29,8 +31,8 @@ def sites(model: torch.nn.Module) -> list[Site]:
     return found
 
 
-def refusals(model: torch.nn.Module) -> list[str]:
-    """Why a model cannot be steered; empty where it can."""
+def refusals(model: torch.nn.Module, rows: Rows) -> list[str]:
+    """Why these plans cannot act on this model; empty where they can."""
     model = core(model)
     name, reasons = type(model).__name__, []
     config: Any = model.config
@@ -46,6 +48,29 @@ def refusals(model: torch.nn.Module) -> list[str]:
     if str(getattr(config, "_attn_implementation", "")).startswith("paged|"):
         reasons.append(
             "A paged attention implementation is selected: call model.set_attn_implementation('sdpa') first."
+        )
+    plans = list({id(plan): plan for row in rows for plan in row}.values())
+    return reasons + [reason for plan in plans for reason in _plan_refusals(plan)] + _lane_refusals(config, plans)
+
+
+def _plan_refusals(plan: Plan) -> list[str]:
+    """What one processor asks for that language models do not have."""
+    name, steps, reasons = type(plan.processor).__name__, plan.where.steps, []
+    if plan.guides:
+        reasons.append(f"{name} guides by a perturbed prediction, which needs a diffusion model.")
+    if not isinstance(steps, str):
+        reasons.append(f"{name} has steps={steps!r}: in a language model give 'all', 'prefill' or 'decode'.")
+    return reasons
+
+
+def _lane_refusals(config: Any, plans: Sequence[Plan]) -> list[str]:
+    """Why no one pass without the image serves all plans that want one."""
+    asking = [plan.processor for plan in plans if "image_free" in plan.processor.lanes and not plan.processor.inert]
+    removals = sorted({processor.removal for processor in asking})
+    reasons = why_no_image_free_lane(config) if asking else []
+    if len(removals) > 1:
+        reasons.append(
+            f"removal={removals[0]!r} and {removals[1]!r} cannot share one image-free pass: attach one kind."
         )
     return reasons
 

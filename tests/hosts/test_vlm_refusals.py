@@ -1,0 +1,59 @@
+"""What a language model refuses, with the same reasons in ``attach`` and in ``explain``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+import attnsteer
+from attnsteer import Processor, SteeringError, Where
+from attnsteer.processors.vhd import VHD
+from attnsteer.processors.vhr import VHR
+from tests.hosts.common import ScaleAll, state_of
+from tests.tiny import vlms
+
+
+@dataclass(frozen=True)
+class Guides(ScaleAll):
+    """A guidance method that would also find sites in a language model."""
+
+    lanes = ("perturbed",)
+
+
+def _refused(model: Any, *processors: Processor) -> list[str]:
+    """The reasons of ``attach``, which leaves no trace; ``explain`` must give the same."""
+    before = state_of(model)
+    with pytest.raises(SteeringError) as error:
+        attnsteer.attach(model, *processors)
+    assert attnsteer.explain(model, *processors).refused == error.value.reasons
+    assert state_of(model) == before
+    return error.value.reasons
+
+
+def test_a_method_that_guides_is_refused() -> None:
+    model, _ = vlms.build("llava")
+    (reason,) = _refused(model, Guides())
+    assert "Guides guides by a perturbed prediction" in reason
+
+
+@pytest.mark.parametrize("steps", [3, [3], slice(0, 2), (0.5, 1.0), (0.0, 0.5), {"sigma": (0.1, 1.0)}])
+def test_steps_of_a_schedule_are_refused(steps: Any) -> None:
+    model, _ = vlms.build("llava")
+    (reason,) = _refused(model, ScaleAll(Where(steps=steps)))
+    assert reason.startswith(f"ScaleAll has steps={steps!r}")
+    assert "'all', 'prefill' or 'decode'" in reason
+
+
+def test_two_kinds_of_removal_are_refused_unless_one_is_off() -> None:
+    model, _ = vlms.build("llava")
+    (reason,) = _refused(model, VHR(removal="delete"), VHD(removal="mask"))
+    assert "cannot share one image-free pass" in reason
+    with attnsteer.steer(model, VHR(alpha=1.0), VHD(removal="mask")) as steering:
+        assert steering.explain().refused == []
+
+
+def test_all_reasons_come_at_once() -> None:
+    model, _ = vlms.build("llava")
+    assert len(_refused(model, Guides(Where(steps=[1])), VHR(), VHD(removal="mask"))) == 3
