@@ -11,8 +11,8 @@ the same as blurred queries (the blur G is linear)::
 
 Only image queries are blurred, over their real (height, width), frame by frame; kernel sizes are clipped per axis,
 which on square grids is the authors' code. Infinite sigma gives every image query the mean over all of them (of all
-frames): one row of attention, broadcast. Cost: the forward pass from the first chosen layer on, for one extra row per conditional row, plus one more
-kernel call in the chosen layers where sigma is finite.
+frames): one row of attention, broadcast. Cost: the forward pass from the first chosen layer on, for one extra row per
+conditional row, plus one more kernel call in the chosen layers where sigma is finite.
 
 The paper's text and the authors' code differ in the combination; this is the code's. Default of the authors: SDXL, mid
 block, w = 3, sigma = infinity (1, 2, 5 and 10 were also tried), all steps.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
@@ -10,6 +11,7 @@ import torch
 
 import attnsteer
 from attnsteer import NotReachedError, Processor, SteeringError, Where, WhereError
+from attnsteer.attach import attached_to
 from attnsteer.processors import PAG, SoftPAG
 from tests.tiny import denoisers, pipelines
 
@@ -117,25 +119,68 @@ def test_a_cache_that_skips_attention_is_refused_at_attach_and_when_it_comes_lat
     assert torch.equal(latents(pipe, "flux"), plain)
 
 
-def test_a_method_that_guides_and_reacts_is_refused_because_its_reaction_would_never_be_asked_for() -> None:
-    class Both(SoftPAG):
-        def react(self, call: attnsteer.AttentionCall) -> None:
-            return None
+def test_steps_that_never_come_are_refused() -> None:
+    pipe = pipelines.build("sd15")
+    with pytest.raises(SteeringError, match="is a phase of language models"):
+        attnsteer.attach(pipe, SoftPAG(Where(steps="prefill")))
+    for steps in ([100], slice(50, 60), (0.34, 0.5)):
+        with (
+            attnsteer.steer(pipe, SoftPAG(Where(steps=steps))),
+            pytest.raises(WhereError, match="positions are 0 to 2"),
+        ):
+            latents(pipe, "sd15", steps=3)
+
+
+def test_arguments_that_would_be_ignored_are_refused() -> None:
+    pipe = pipelines.build("sd15")
+    method = SoftPAG(Where(layers=-1))
+    with pytest.raises(SteeringError, match="a pipeline brings its own"):
+        attnsteer.attach(pipe, method, scheduler=pipe.scheduler)
+    with pytest.raises(SteeringError, match="processor= is for language models"):
+        attnsteer.attach(pipe, method, processor=object())
+    with pytest.raises(SteeringError, match="SoftPAG object is given twice"):
+        attnsteer.attach(pipe, method, method)
+
+
+def test_edits_that_do_not_compose_are_refused_at_attach() -> None:
+    @dataclass(frozen=True)
+    class Last(Processor):
+        def plan(self, site: Any, heads: Any) -> attnsteer.KeyBias:
+            return attnsteer.KeyBias(torch.ones(1, 1, 3), queries="last")
 
     pipe = pipelines.build("sd15")
-    with pytest.raises(SteeringError, match="Both guides and reacts to data"):
-        attnsteer.attach(pipe, Both(Where(layers=-1)))
+    with pytest.raises(SteeringError, match="do not compose at one site"):
+        attnsteer.attach(pipe, Last(Where(layers=-1)), SoftPAG(Where(layers=-1), target="mean_query"))
 
 
-def test_an_edit_that_reacts_does_not_go_with_guidance_but_reading_does() -> None:
-    class Reacts(Processor):
-        def react(self, call: Any) -> None:
-            return None
+def test_a_family_without_descriptor_is_guided_only_where_the_order_of_its_batch_is_told() -> None:
+    model, _ = denoisers.build("cogview4")
+    scheduler = diffusers.DDIMScheduler()
+    with pytest.raises(SteeringError, match="pass cfg="):
+        attnsteer.attach(model, SoftPAG(), scheduler=scheduler)
+    attnsteer.attach(model, SoftPAG(), scheduler=scheduler, cfg=("uncond", "cond")).detach()
 
-    pipe = pipelines.build("sd15")
-    with pytest.raises(SteeringError, match="Reacts reacts to data, which the perturbed lane of SoftPAG"):
-        attnsteer.attach(pipe, Reacts(), SoftPAG(Where(layers=-1)))
-    attnsteer.attach(pipe, attnsteer.Capture(columns="text"), SoftPAG(Where(layers=-1))).detach()
+
+def test_two_pipelines_do_not_share_one_scheduler_while_steered() -> None:
+    first, second = pipelines.build("sd15"), pipelines.build("sd15", seed=1)
+    second.scheduler = first.scheduler
+    before = state_of(scheduler=first.scheduler)
+    taken = pytest.raises(SteeringError, match="This DDIMScheduler is steered already")
+    with attnsteer.steer(first, SoftPAG(Where(layers=-1))), taken:
+        attnsteer.attach(second, SoftPAG(Where(layers=-1)))
+    assert not difference(before, state_of(scheduler=first.scheduler))
+
+
+def test_a_pipeline_that_shares_a_steered_denoiser_says_so() -> None:
+    """Guidance happens where the first one's scheduler steps; the second one's would be lost without a word."""
+    first = pipelines.build("sd15")
+    second = type(first)(**first.components, requires_safety_checker=False)
+    second.scheduler = diffusers.DDIMScheduler.from_config(first.scheduler.config)
+    with attnsteer.steer(first, SoftPAG(Where(layers=-1))):
+        with pytest.raises(NotReachedError, match="the attached scheduler made no step"):
+            latents(second, "sd15", steps=4)
+        assert attached_to(second) is not None
+    latents(second, "sd15")
 
 
 def test_all_reasons_are_given_at_once() -> None:
