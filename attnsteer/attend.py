@@ -96,8 +96,8 @@ def _mask_reasons(call: AttentionCall, edits: Sequence[Edit]) -> list[str]:
     blind = all(
         isinstance(e, Scale) or (isinstance(e, Mix) and (e.target, e.path) == (OwnValue(), "linear")) for e in edits
     )
-    mask: object = call.mask
-    if mask is None or blind:
+    mask: object = None if blind else call.mask
+    if mask is None:
         return []
     if not isinstance(mask, Tensor):
         return [

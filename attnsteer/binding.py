@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
@@ -64,7 +64,7 @@ def intervene(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | None,
+    visible: Tensor | Callable[[], Tensor | None] | None,
     scale: float | None,
     is_causal: bool,
 ) -> Tensor:
@@ -74,7 +74,7 @@ def intervene(
     """
     binding.hit = True
     call = AttentionCall(
-        binding.site, kernel, q, k, v, mask, scale, is_causal, binding.spans, binding.phase, binding.lanes
+        binding.site, kernel, q, k, v, visible, scale, is_causal, binding.spans, binding.phase, binding.lanes
     )
     edits = binding.edits
     for processor, state in binding.reactors:

@@ -273,7 +273,7 @@ def _heads(call: AttentionCall, selection: Mapping[Site, tuple[int, ...]]) -> At
     mask = call.mask
     if mask is not None and mask.dim() >= 3 and mask.shape[-3] != 1:
         mask = mask.index_select(mask.dim() - 3, own)
-    return replace(call, q=call.q[:, own], k=call.k[:, keys], v=call.v[:, keys], mask=mask)
+    return replace(call, q=call.q[:, own], k=call.k[:, keys], v=call.v[:, keys], visible=mask)
 
 
 def _stack(name: str, maps: Sequence[Tensor]) -> Tensor:

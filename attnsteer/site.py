@@ -59,7 +59,9 @@ class AttentionCall:
     """One kernel call: q, k, v are projected, normalised and rotated; heads are not yet merged.
 
     Shapes: q ``(B, H, Nq, D)``, k ``(B, Hkv, Nk, D)``, v ``(B, Hkv, Nk, Dv)``; mask bool (True = keep) or additive
-    float, broadcastable to ``(B, H, Nq, Nk)``, or None. ``lanes`` names groups of rows, e.g. ``{"main": slice(0, 2)}``.
+    float, broadcastable to ``(B, H, Nq, Nk)``, or None. ``visible`` is the mask, or makes it once somebody asks for it:
+    most edits never look, and some hosts must build a dense one or cannot say what it is. ``lanes`` names groups of
+    rows, e.g. ``{"main": slice(0, 2)}``.
     ``state`` lives as long as one generation and belongs to one (processor, site).
     """
 
@@ -68,7 +70,7 @@ class AttentionCall:
     q: Tensor
     k: Tensor
     v: Tensor
-    mask: Tensor | None = None
+    visible: Tensor | Callable[[], Tensor | None] | None = None
     scale: float | None = None
     is_causal: bool = False
     spans: Spans | None = None
@@ -86,6 +88,13 @@ class AttentionCall:
         if self._output is None:
             self._output = self.kernel(self.q, self.k, self.v)
         return self._output
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Which keys each query sees. Made once, where somebody asks."""
+        if not isinstance(self.visible, Tensor) and callable(self.visible):
+            self.visible = self.visible()
+        return self.visible
 
     @property
     def softmax_scale(self) -> float:

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from ..binding import ATTRIBUTE, Binding, intervene
-from ..edits import Scale
 from ..errors import SteeringError
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
@@ -28,7 +27,8 @@ AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 _wrapped: dict[str, tuple[AttentionFunction, AttentionFunction]] = {}  # name -> (wrapper, what was there before)
 _plain_get_interface: list[Any] = []
 _UNMASKED = ("softcap", "s_aux", "position_bias")
-"""Arguments by which an attention function changes the logits behind the back of ``AttentionCall``."""
+"""Arguments by which an attention function changes the logits behind the back of ``AttentionCall``. Whoever computes
+logits asks for the mask, so that is where they are refused."""
 
 
 def arm() -> None:
@@ -90,14 +90,25 @@ def _steered(inner: AttentionFunction, module: nn.Module, *args: Any, **kwargs: 
         return inner(module, *args, **kwargs)
     q, k, v, mask = _arguments(*args, **kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name not in ("query", "key", "value", "attention_mask")}
-    _refuse(binding, kwargs)
+    if kwargs.get("cache") is not None:
+        raise SteeringError(
+            "Continuous batching (a paged cache) updates keys and values inside the attention function, where they "
+            "cannot be steered: use generate() with an ordinary cache, or detach first."
+        )
     causal = _is_causal(module, q, mask, kwargs)
-    visible = _visible(mask, q, k)
-    if causal and k.shape[2] > q.shape[2] and mask is None:
-        # sdpa with a static cache that is empty before this call: the slots behind the prompt hold nothing yet, and the
-        # causal order counts from the first key. Say so as a mask; the library's own function is still called with
-        # none.
-        visible, causal = _first_keys(q, k), False
+    # sdpa with a static cache that is empty before this call: the slots behind the prompt hold nothing yet, and the
+    # causal order counts from the first key. Say so as a mask; the library's own function is still called with none.
+    empty_slots = causal and k.shape[2] > q.shape[2] and mask is None
+    hidden = [name for name in _UNMASKED if kwargs.get(name) is not None]
+
+    def visible() -> Tensor | None:
+        if hidden:
+            raise SteeringError(
+                f"{binding.site.name} changes its logits by {', '.join(hidden)}, so its attention map can neither be "
+                "read nor edited exactly: head outputs can (VHR, Scale)."
+            )
+        return _first_keys(q, k) if empty_slots else _visible(mask, q, k)
+
     plain: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = mask) -> Tensor:
@@ -105,7 +116,7 @@ def _steered(inner: AttentionFunction, module: nn.Module, *args: Any, **kwargs: 
         plain.append((out.transpose(1, 2), out, weights))
         return plain[-1][0]
 
-    out = intervene(binding, kernel, q, k, v, visible, kwargs.get("scaling"), causal)
+    out = intervene(binding, kernel, q, k, v, visible, kwargs.get("scaling"), causal and not empty_slots)
     if plain and out is plain[-1][0]:
         return plain[-1][1], plain[-1][2]  # nothing was edited: the very tensors of the library
     return out.transpose(1, 2), None  # weights of a plain call would no longer be those of the output
@@ -119,19 +130,6 @@ def _arguments(
             "An attention function got positional arguments behind the mask, which attnsteer does not know."
         )
     return query, key, value, attention_mask
-
-
-def _refuse(binding: Binding, kwargs: dict[str, Any]) -> None:
-    if kwargs.get("cache") is not None:
-        raise SteeringError(
-            "Continuous batching (a paged cache) updates keys and values inside the attention function, where they "
-            "cannot be steered: use generate() with an ordinary cache, or detach first."
-        )
-    hidden = [name for name in _UNMASKED if kwargs.get(name) is not None]
-    if hidden and any(not isinstance(edit, Scale) for edit in binding.edits):
-        raise SteeringError(
-            f"{binding.site.name} changes its logits by {', '.join(hidden)}, so only edits of head outputs are exact."
-        )
 
 
 def _first_keys(q: Tensor, k: Tensor) -> Tensor:

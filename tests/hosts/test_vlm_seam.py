@@ -144,6 +144,18 @@ def test_flex_attention_shows_its_block_mask_as_a_dense_one() -> None:
     torch.testing.assert_close(logits[real], plain[real], rtol=1e-3, atol=1e-3)
 
 
+def test_a_mask_is_made_only_where_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, make = vlms.build("llava")
+    inputs, made = make(2, left_padding=True), []
+    visible = transformers_seam._visible
+    monkeypatch.setattr(transformers_seam, "_visible", lambda *args: made.append(1) or visible(*args))
+    for processor, times in ((VHR(), 0), (Look(see=lambda call: (call.mask, call.mask)), vlms.LAYERS)):
+        made.clear()
+        with attnsteer.steer(model, processor):
+            model(**inputs)
+        assert len(made) == times
+
+
 def test_weights_are_returned_only_where_nothing_was_edited() -> None:
     model, make = vlms.build("llava")
     model.set_attn_implementation("eager")
