@@ -73,6 +73,21 @@ class Steering:
                 return plan.states
         raise SteeringError(f"{type(processor).__name__} is not attached here; attached: {_names(self.processors)}.")
 
+    def measure(self, inputs: Mapping[str, Any], answer: torch.Tensor | None = None) -> None:
+        """One pass of a prompt with and without its image, which generates nothing; ``states`` then hold what was seen.
+
+        Args:
+            inputs: what ``generate`` takes: ``input_ids``, masks, pixels.
+            answer: ``(B, T)`` generated ids to be read behind the prompt.
+
+        Raises:
+            SteeringError: where the target is no language model, or the inputs hold no ids.
+        """
+        run = getattr(self.session, "reference_pass", None)
+        if run is None:
+            raise SteeringError(f"{type(self.target).__name__} has no prompt with an image: give a language model.")
+        run(inputs, answer)
+
     def explain(self, **shape: int) -> Explanation:
         """What will happen, before anything runs: sites, heads, steps, extra rows, fork and bytes."""
         from .explain import explain_attached

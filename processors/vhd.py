@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from attnsteer.attach import steer
-from attnsteer.hosts.vlm_inputs import with_answer
 from attnsteer.processor import Processor, check_choice, check_number
 from attnsteer.site import AttentionCall, Site
 from attnsteer.where import Where
@@ -98,8 +97,7 @@ def measure(
     where = Where() if where is None else where
     recorder = VHD(where, positions=answer.shape[1], removal=removal)
     with steer(model, recorder) as steering:
-        session: Any = steering.session
-        session.reference_pass(with_answer(inputs, answer[:, :-1], session.model.config))
+        steering.measure(inputs, answer[:, :-1])
         states = steering.states(recorder)
     rows = [states[site]["vhd"].cpu() for site in states]
     return VHDReport(tuple(states), torch.stack(rows, dim=-1).permute(0, 2, 3, 1).contiguous())

@@ -28,7 +28,7 @@ from . import transformers_seam
 from .base import intercept
 from .decoders import core, refusals, sites
 from .vlm_families import lockstep_inputs, padding_id, vision_tokens
-from .vlm_inputs import cache_length, execution_device, kept_positions, length, on_device, undisturbed
+from .vlm_inputs import cache_length, execution_device, kept_positions, length, on_device, undisturbed, with_answer
 
 __all__ = ["LanguageSession", "refusals", "sites"]
 
@@ -251,16 +251,18 @@ class LanguageSession:
         self._reached = True
 
     # ---- the image-free lane -----------------------------------------------------------------------------------------
-    def reference_pass(self, given: Mapping[str, Any]) -> None:
+    def reference_pass(self, given: Mapping[str, Any], answer: Tensor | None = None) -> None:
         """One prefill of ``2 B`` rows, with and without the image, and without a cache.
 
-        Both lanes end at the same position. Processors choose layer by layer, each layer seeing the edits of the layers
-        before it, and keep what they chose in ``call.state`` for the generation that follows. The user's cache, random
-        numbers and inputs are not touched.
+        Both lanes end at the same position, the last of the prompt or of the ``answer`` behind it. Processors choose
+        layer by layer, each layer seeing the edits of the layers before it, and keep what they chose in ``call.state``
+        for the generation that follows. The user's cache, random numbers and inputs are not touched.
         """
         model = self.model
         if not isinstance(given.get("input_ids"), Tensor):
             raise SteeringError("The image-free pass finds the image by its ids: give input_ids, not inputs_embeds.")
+        if answer is not None:
+            given = with_answer(given, answer, model.config)
         inputs = {name: on_device(given[name], model.device) for name in given if name in self._names}
         pad = padding_id(model.config, self._tokens)
         both, image, text = lockstep_inputs(inputs, self._tokens, pad, self._removal)

@@ -24,7 +24,7 @@ def _lanes(model: Any, inputs: dict[str, Any], removal: str = "delete", processo
     seen: dict[str, Any] = {}
     with attnsteer.steer(model, VHD(removal=removal), processor=processor) as steering:
         handle = model.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
-        steering.session.reference_pass(inputs)
+        steering.measure(inputs)
         handle.remove()
     return seen
 

@@ -17,7 +17,7 @@ from attnsteer.edits import Edit, KeyBias, MeanValue, Mix, Scale
 from attnsteer.processors.vhd import VHD
 from attnsteer.processors.vhr import VHR
 from tests.hosts.common import ScaleAll, scaled, state_of
-from tests.tiny import vlms
+from tests.tiny import denoisers, vlms
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,13 @@ def test_two_kinds_of_removal_are_refused_unless_one_is_off() -> None:
 def test_all_reasons_come_at_once() -> None:
     model, _ = vlms.build("llava")
     assert len(_refused(model, Guides(Where(steps=[1])), VHR(), VHD(removal="mask"))) == 3
+
+
+def test_only_language_models_compare_prompts_with_and_without_an_image() -> None:
+    model, _ = denoisers.build("flux")
+    steering = attnsteer.attach(model, Capture(Where(layers=[0]), rows=(0,)))
+    with steering, pytest.raises(SteeringError, match="give a language model"):
+        steering.measure({})
 
 
 # ---- logits that change behind our back ------------------------------------------------------------------------------

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,38 +10,13 @@ import torch
 from torch import Tensor
 
 import attnsteer
-from attnsteer import AttentionCall, NotReachedError, Processor, SteeringError, Where
-from attnsteer.edits import Edit, Scale
+from attnsteer import AttentionCall, NotReachedError, SteeringError, Where
 from attnsteer.hosts import transformers_seam
 from attnsteer.processors.vhr import VHR
+from tests.hosts.common import Look, ScaleAll
 from tests.tiny import vlms
 
 IMPLEMENTATIONS = ("sdpa", "eager")
-
-
-@dataclass(frozen=True)
-class Look(Processor):
-    """Calls ``see`` in every kernel call and edits nothing."""
-
-    see: Callable[[AttentionCall], Any] = print
-    kinds = ("causal",)
-    token_agnostic = True
-
-    def react(self, call: AttentionCall) -> Edit | None:
-        self.see(call)
-        return None
-
-
-@dataclass(frozen=True)
-class ScaleAll(Processor):
-    factor: float = 2.0
-    kinds = ("causal",)
-    token_agnostic = True
-
-    def plan(self, site: Any, heads: tuple[int, ...]) -> Edit | None:
-        weight = torch.ones(1, site.heads)
-        weight[:, list(heads)] = self.factor
-        return Scale(weight)
 
 
 def _explicit(call: AttentionCall) -> Tensor:

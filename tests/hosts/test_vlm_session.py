@@ -60,7 +60,7 @@ def test_random_numbers_and_what_the_family_keeps_are_untouched_by_the_reference
     model(**make(2, seed=1))
     before, random = kept(), torch.get_rng_state()
     with attnsteer.steer(model, VHD()) as steering:
-        steering.session.reference_pass(inputs)
+        steering.measure(inputs)
     assert torch.equal(torch.get_rng_state(), random)
     assert all(a is b for a, b in zip(kept(), before, strict=True))
     assert inputs.keys() == make(1).keys()
