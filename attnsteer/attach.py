@@ -98,6 +98,16 @@ class Steering:
     def attached(self) -> bool:
         return _attached.get(self._keys[0]) is self
 
+    def _start(self) -> None:
+        """Steer the target, for the first time or again after ``detach``."""
+        for key in self._keys:
+            _attached[key] = self
+        try:
+            self.session.start()
+        except BaseException:
+            self.detach()
+            raise
+
     def detach(self) -> None:
         """Restore the target. A second call is an error, like detaching what was never attached."""
         if not self.attached:
@@ -138,34 +148,15 @@ def attach(
     Raises:
         SteeringError: every reason why this cannot be done; the target is then untouched.
     """
-    given = [list(processors)] if variants is None else [_processors_of(v) for v in variants]
-    if variants is not None and processors:
-        raise SteeringError("Give processors or variants, not both.")
-    if not given or (variants is None and not processors):
-        raise SteeringError("Nothing to attach: give at least one processor.")
-    for item in (p for row in given for p in row):
-        if not isinstance(item, Processor):
-            raise SteeringError(f"{item!r} is not an attnsteer processor; stock processors go to set_attn_processor.")
-    for row in given:
-        twice = [type(p).__name__ for i, p in enumerate(row) if any(p is other for other in row[:i])]
-        if twice:
-            raise SteeringError(f"The same {twice[0]} object is given twice: give it once, or make a second one.")
+    given = rows_given(processors, variants)
     models = models_of(target)
     occupied = _occupied(target, models, scheduler)
-    taken = next((obj for obj in occupied if id(obj) in _attached), None)
-    if taken is not None:
-        raise SteeringError(
-            f"This {type(taken).__name__} is steered already: detach it first, or attach all processors at once."
-        )
+    reasons = why_taken(occupied)
+    if reasons:
+        raise SteeringError(reasons)
     session = _session(target, models, given, scheduler, cfg, processor)
     steering = Steering(target, session, occupied)
-    for key in steering._keys:
-        _attached[key] = steering
-    try:
-        session.start()
-    except BaseException:
-        steering.detach()
-        raise
+    steering._start()
     return steering
 
 
@@ -260,6 +251,28 @@ def _session(
     there = sites(target)
     plans = {id(p): make_plan(p, there) for row in given for p in row}
     rows = tuple(tuple(plans[id(p)] for p in row) for row in given)
+    reasons = refusals(target, models, rows, scheduler, cfg, processor)
+    if reasons:
+        raise SteeringError(reasons)
+    if _is_language_model(models[0]):
+        from .hosts.causal_lm import LanguageSession
+
+        return LanguageSession(models[0], rows, processor)
+    from .hosts.diffusion import DiffusionSession
+
+    find_scheduler = (lambda: target.scheduler) if _is_pipeline(target) else (lambda: scheduler)
+    return DiffusionSession(lambda: models_of(target), find_scheduler, rows, cfg)
+
+
+def refusals(
+    target: Any,
+    models: Sequence[torch.nn.Module],
+    rows: Rows,
+    scheduler: Any,
+    cfg: tuple[str, ...] | None,
+    processor: Any,
+) -> list[str]:
+    """Why these plans cannot act on this target; empty where they can."""
     language, pipeline = _is_language_model(models[0]), _is_pipeline(target)
     reasons = row_conflicts(rows)
     reasons += [
@@ -267,20 +280,38 @@ def _session(
     ]
     reasons += ["scheduler= is for bare denoisers; a pipeline brings its own."] if scheduler and pipeline else []
     reasons += ["processor= is for language models."] if processor and not language else []
-    if reasons:
-        raise SteeringError(reasons)
     if language:
-        from .hosts.causal_lm import LanguageSession
+        from .hosts import causal_lm
 
-        return LanguageSession(models[0], rows, processor)
-    from .hosts.diffusion import DiffusionSession, refusals
+        return reasons + causal_lm.refusals(models[0], rows)
+    from .hosts import denoisers
 
-    reasons = refusals(models, rows, pipeline or scheduler is not None, cfg)
-    if reasons:
-        raise SteeringError(reasons)
-    return DiffusionSession(
-        lambda: models_of(target), (lambda: target.scheduler) if pipeline else (lambda: scheduler), rows, cfg
-    )
+    return reasons + denoisers.refusals(models, rows, pipeline or scheduler is not None, cfg)
+
+
+def rows_given(
+    processors: Sequence[Processor], variants: Sequence[Variant | Sequence[Processor]] | None
+) -> list[list[Processor]]:
+    """The processors of every row; one row stands for all."""
+    given = [list(processors)] if variants is None else [_processors_of(v) for v in variants]
+    if variants is not None and processors:
+        raise SteeringError("Give processors or variants, not both.")
+    if not given or (variants is None and not processors):
+        raise SteeringError("Nothing to attach: give at least one processor.")
+    for item in (p for row in given for p in row):
+        if not isinstance(item, Processor):
+            raise SteeringError(f"{item!r} is not an attnsteer processor; stock processors go to set_attn_processor.")
+    for row in given:
+        twice = [type(p).__name__ for i, p in enumerate(row) if any(p is other for other in row[:i])]
+        if twice:
+            raise SteeringError(f"The same {twice[0]} object is given twice: give it once, or make a second one.")
+    return given
+
+
+def why_taken(occupied: Sequence[Any]) -> list[str]:
+    """Why nothing more can be attached to these; empty where it can."""
+    taken = [f"This {type(obj).__name__} is steered already" for obj in occupied if id(obj) in _attached]
+    return [f"{taken[0]}: detach it first, or attach all processors at once."] if taken else []
 
 
 def _processors_of(variant: Variant | Sequence[Processor] | Processor | None) -> list[Processor]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .attach import _is_language_model, _processors_of, models_of, sites
+from .attach import _occupied, models_of, refusals, rows_given, sites, why_taken
 from .errors import SteeringError
 from .fork import stages_before, why_no_fork
 from .processor import Processor, parameters
@@ -67,7 +67,7 @@ class Explanation:
                 f"  {part.processor}({given})" + ("  no effect: the model is left alone" if part.inert else "")
             )
             lines.append(f"    steps  {part.steps}")
-            lines += [f"    site   {name}  heads {_short(heads)}" for name, heads in part.heads.items()]
+            lines += [f"    site   {name}  heads {_ranges(heads)}" for name, heads in part.heads.items()]
         if len(self.rows) > 1:
             lines.append(f"  rows     {self.rows} (positions in the list above)")
         lines.append(f"  extra    {self.extra}")
@@ -82,45 +82,46 @@ def explain(
     *processors: Processor,
     variants: Sequence[Variant | Sequence[Processor]] | None = None,
     scheduler: Any = None,
+    cfg: tuple[str, ...] | None = None,
+    processor: Any = None,
     **shape: int,
 ) -> Explanation:
     """The dry run of ``attach`` with the same arguments: refusals are collected, not raised.
 
     Args:
-        **shape: ``height`` and ``width`` in pixels and ``batch`` (pictures), for the memory of the fork.
+        **shape: for the memory of the fork: ``height`` and ``width`` in pixels, ``batch`` (pictures; one for each
+            variant if not given) and ``text`` (tokens of the prompt; an upper bound if not given).
     """
+    _check(shape)
     name = type(target).__name__
-    given = [list(processors)] if variants is None else [_processors_of(v) for v in variants]
     refused: list[str] = []
     plans: dict[int, Plan] = {}
     try:
-        there = sites(target)
+        given = rows_given(processors, variants)
+        there, models = sites(target), models_of(target)
     except SteeringError as error:
         return Explanation(name, refused=error.reasons)
-    for processor in (p for row in given for p in row):
+    for one in (p for row in given for p in row):
         try:
-            plans[id(processor)] = make_plan(processor, there)
+            plans[id(one)] = make_plan(one, there)
         except SteeringError as error:
             refused += error.reasons
     rows = tuple(tuple(plans[id(p)] for p in row if id(p) in plans) for row in given)
-    refused += _refusals(target, rows, scheduler)
+    refused += why_taken(_occupied(target, models, scheduler))
+    refused += refusals(target, models, rows, scheduler, cfg, processor)
     return _explanation(target, rows, refused, shape)
+
+
+def _check(shape: Mapping[str, int]) -> None:
+    unknown = sorted(set(shape) - {"height", "width", "batch", "text"})
+    if unknown:
+        raise TypeError(f"explain takes the sizes height, width, batch and text, not {unknown[0]}.")
 
 
 def explain_attached(steering: Steering, **shape: int) -> Explanation:
     """The explanation of what is attached."""
+    _check(shape)
     return _explanation(steering.target, steering.session.rows, [], shape)
-
-
-def _refusals(target: Any, rows: Any, scheduler: Any) -> list[str]:
-    models = models_of(target)
-    if _is_language_model(models[0]):
-        from .hosts import causal_lm
-
-        return causal_lm.refusals(models[0], rows)
-    from .hosts.diffusion import refusals
-
-    return refusals(models, rows, hasattr(target, "scheduler") or scheduler is not None)
 
 
 def _explanation(target: Any, rows: Any, refused: list[str], shape: Mapping[str, int]) -> Explanation:
@@ -138,7 +139,9 @@ def _explanation(target: Any, rows: Any, refused: list[str], shape: Mapping[str,
         facts["extra_rows"] = 2
     guiding = tuple(tuple(plan for plan in row if plan.guides) for row in live)
     if any(guiding):
-        facts |= _guidance_facts(target, guiding, shape)
+        kept = facts["bytes"]
+        facts |= _guidance_facts(target, guiding, {"batch": len(rows), **shape})
+        facts["bytes"] = kept | facts["bytes"]
     return Explanation(type(target).__name__, **facts)
 
 
@@ -169,6 +172,7 @@ def _guidance_facts(target: Any, guiding: Any, shape: Mapping[str, int]) -> dict
     facts: dict[str, Any] = {
         "extra": f"in each guided step one more forward of the conditional rows ({lanes} for each picture)",
         "extra_rows": lanes,
+        "bytes": {},
     }
     if family is None:
         return facts | {"fork": "nothing is shared: the family has no descriptor"}
@@ -182,13 +186,13 @@ def _guidance_facts(target: Any, guiding: Any, shape: Mapping[str, int]) -> dict
             unwrap(model), family, before, first, getattr(target, "vae_scale_factor", None), shape
         )
         if size is not None:
-            facts["bytes"] = {"edits": 4 * sum(s.heads for row in guiding for p in row for s in p.edits), "tape": size}
+            facts["bytes"] = {"tape": size}
     else:
         facts["fork"] = f"nothing is shared: {why or 'the first stage is perturbed'}"
     return facts
 
 
-def _short(heads: Sequence[int]) -> str:
+def _ranges(heads: Sequence[int]) -> str:
     """``0-3, 7``."""
     runs: list[list[int]] = []
     for head in heads:

@@ -47,3 +47,9 @@ def limited(plan: Plan, site: Site, rows: Sequence[Sequence[Plan]], device: torc
     mine = torch.tensor([any(other is plan for other in row) for row in rows])
     mask = mine[:, None] & heads
     return plan.processor if bool(mask.all()) else Within(plan.processor, mask.to(device))
+
+
+def reacting(rows: Sequence[Sequence[Plan]], site: Site) -> list[Plan]:
+    """The plans that look at the data of a site."""
+    plans = {id(plan): plan for row in rows for plan in row if plan.reacts and site in plan.selection}
+    return list(plans.values())

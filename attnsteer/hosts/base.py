@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from ..errors import SteeringError
 
 Call = Callable[..., Any]
 Around = Callable[[Call, tuple[Any, ...], dict[str, Any]], Any]
@@ -112,3 +115,17 @@ def copy_nest(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: copy_nest(v) for k, v in value.items()}
     return value
+
+
+def named_inputs(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All inputs of a denoiser call by name."""
+    names = list(inspect.signature(type(unwrap(model)).forward).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def prediction(output: Any) -> torch.Tensor:
+    """The prediction in a denoiser's output, whether tuple or output class."""
+    found = output[0] if isinstance(output, tuple) else output.sample
+    if not isinstance(found, torch.Tensor):
+        raise SteeringError("The denoiser returned a list of predictions: guidance is not available for this family.")
+    return found

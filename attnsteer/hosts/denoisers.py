@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..scheduler import Rows
 from ..site import Kind, Site, Spans
 from .base import unwrap
 from .diffusers_seam import attention_modules
@@ -56,16 +57,18 @@ class Family:
 
 
 # ---- grids of the image tokens ---------------------------------------------------------------------------------------
+def unet_level(model: Any, name: str) -> int:
+    """How often the picture was halved where a UNet stage (or a site in it) works; follows from its place."""
+    last = len(model.down_blocks) - 1
+    stage, number, *_ = (*name.split("."), "")
+    if stage == "mid_block":
+        return last
+    return int(number) if stage == "down_blocks" else last - int(number)
+
+
 def _unet_grid(model: Any, inputs: Inputs, site: Site) -> Grid | None:
-    """The level of a UNet block follows from its place: every down block but the last halves, rounding up."""
-    height, width = inputs["sample"].shape[-2:]
-    stage, number = site.name.split(".")[:2]
-    levels = len(model.down_blocks)
-    level = {"down_blocks": lambda: int(number), "up_blocks": lambda: levels - 1 - int(number)}.get(
-        stage, lambda: levels - 1
-    )()
-    for _ in range(level):
-        height, width = -(-height // 2), -(-width // 2)
+    """Every down block but the last halves, rounding up."""
+    height, width = (-(-size // 2 ** unet_level(model, site.name)) for size in inputs["sample"].shape[-2:])
     return (1, height, width)
 
 
@@ -319,3 +322,41 @@ def sample_of(family: Family | None, inputs: Inputs) -> torch.Tensor:
         if isinstance(inputs.get(name), torch.Tensor):
             return inputs[name]
     raise KeyError(f"none of {', '.join(names)}")
+
+
+def layout_key(family: Family | None, inputs: dict[str, Any]) -> tuple[Any, ...]:
+    """What the token layout of a forward depends on."""
+    text = inputs.get("encoder_hidden_states")
+    sample = sample_of(family, inputs)
+    return (tuple(sample.shape[1:]), text.shape[1] if isinstance(text, torch.Tensor) else None)
+
+
+def refusals(
+    models: Sequence[torch.nn.Module], rows: Rows, has_scheduler: bool, cfg: tuple[str, ...] | None = None
+) -> list[str]:
+    """Why these plans cannot run on these denoisers; empty where they can. Asked at attach and when a run begins."""
+    reasons = []
+    plans = {id(plan): plan for row in rows for plan in row}.values()
+    guiding = [type(plan.processor).__name__ for plan in plans if plan.guides]
+    for model in map(unwrap, models):
+        name = type(model).__name__
+        if getattr(model, "is_cache_enabled", False):
+            reasons.append(f"{name} has a cache that skips attention on some steps: call disable_cache() first.")
+        if getattr(model, "_parallel_config", None) is not None:
+            reasons.append(f"{name} runs with context parallelism, which splits the token sequence: turn it off first.")
+    if guiding and not has_scheduler:
+        reasons.append(
+            f"{guiding[0]} guides where the scheduler steps, and a bare {type(unwrap(models[0])).__name__} has none: "
+            "attach to the pipeline, or pass scheduler=... from your own loop."
+        )
+    if guiding:
+        reasons += [why for why in (guidance_refusal(model, cfg) for model in models) if why]
+    reasons += [
+        f"steps={plan.where.steps!r} of {type(plan.processor).__name__} is a phase of language models: give fractions, "
+        "positions or noise levels."
+        for plan in plans
+        if plan.where.steps in ("prefill", "decode")
+    ]
+    if any("image_free" in plan.processor.lanes for plan in plans):
+        reasons.append("Methods that compare with an image-free prompt need a vision-language model.")
+    return reasons

@@ -8,7 +8,6 @@ hence which rows of the denoiser's batch were conditional; so the perturbed rows
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,11 +22,21 @@ from ..errors import NotReachedError, SteeringError, WhereError
 from ..fork import Tape, stages_before, why_no_fork
 from ..lanes import cfg_lanes
 from ..logits import compute_dtype
-from ..reacting import limited
+from ..reacting import limited, reacting
 from ..scheduler import Plan, Rows, merge_edits, needs_grid, row_of, wanted_sites
 from ..site import Site
 from . import denoisers
-from .base import Call, copy_nest, intercept, intercepted, is_compiled, take_rows, unwrap
+from .base import (
+    Call,
+    copy_nest,
+    intercept,
+    intercepted,
+    is_compiled,
+    named_inputs,
+    prediction,
+    take_rows,
+    unwrap,
+)
 from .carry import steering
 from .diffusers_seam import arm
 
@@ -122,7 +131,7 @@ class DiffusionSession:
         """See every call of the denoisers and every kernel call of the selected sites, also after the user compiled the
         model, loaded an adapter or swapped processors since attaching."""
         models = list(self._find_models())
-        reasons = refusals(models, self.rows, self._find_scheduler() is not None, self._cfg)
+        reasons = denoisers.refusals(models, self.rows, self._find_scheduler() is not None, self._cfg)
         if reasons:
             raise SteeringError(reasons)
         standing = {id(m) for m, restore in self._intercepted if intercepted(m, restore)}
@@ -159,7 +168,7 @@ class DiffusionSession:
             for plan in row:
                 for state in plan.states.values():
                     state.clear()
-        if self._clock:
+        if self._clock and self._clock.running:
             self._check_steps(self._clock)
 
     def _check_steps(self, clock: Clock) -> None:
@@ -179,7 +188,7 @@ class DiffusionSession:
             self._follow_scheduler()
             if self._clock is None:  # nothing else says that a run begins
                 self._on_start()
-            inputs = _named(model, args, kwargs)
+            inputs = named_inputs(model, args, kwargs)
             if self._clock:
                 self._clock.enter(inputs.get("timestep"))
             family = denoisers.family_of(model)
@@ -248,23 +257,29 @@ class DiffusionSession:
         batch = denoisers.sample_of(family, inputs).shape[0]
         rows: Sequence[tuple[Plan, ...]] = plain
         if len(plain) > 1:  # each part of a guided batch holds all rows
-            if batch % len(plain):
-                raise SteeringError(f"{len(plain)} variants cannot be dealt to a batch of {batch} rows.")
+            if batch not in (len(plain), len(plain) * len(self._parts(model))):
+                raise SteeringError(
+                    f"{len(plain)} variants met {batch} rows in the denoiser: give one prompt per variant and "
+                    "num_images_per_prompt=1."
+                )
             rows = plain * (batch // len(plain))
         bindings, device = self._bindings(model, inputs, rows), denoisers.sample_of(family, inputs).device
         lanes = self._lanes(model, batch) if len(plain) > 1 else {}
         for site, binding in bindings.items():
             binding.lanes = lanes
             binding.reactors = tuple(
-                (limited(plan, site, plain, device), plan.states[site]) for plan in _reacting(plain, site)
+                (limited(plan, site, plain, device), plan.states[site]) for plan in reacting(plain, site)
             )
         return bindings
 
     def _lanes(self, model: torch.nn.Module, batch: int) -> dict[str, slice]:
         """The lanes of a forward, where variants tell how many rows the latents have."""
+        return {name: lane.rows for name, lane in cfg_lanes(batch, len(self.rows), self._parts(model)).items()}
+
+    def _parts(self, model: torch.nn.Module) -> tuple[str, ...]:
+        """The order of the lanes in a batch that holds both branches of classifier-free guidance."""
         family = denoisers.family_of(model)
-        parts = self._cfg or (family.cfg if family else ("uncond", "cond"))
-        return {name: lane.rows for name, lane in cfg_lanes(batch, len(self.rows), parts).items()}
+        return self._cfg or (family.cfg if family else ("uncond", "cond"))
 
     # ---- the perturbed lane ------------------------------------------------------------------------------------------
     def _on_step(self, model_output: Tensor) -> Tensor:
@@ -301,13 +316,12 @@ class DiffusionSession:
         samples = model_output.shape[0]
         # a variance beside the mean is not extrapolated, whether the scheduler gets it or not
         channels = min(model_output.shape[1], denoisers.sample_of(family, forward.inputs).shape[1])
-        parts = self._cfg or (family.cfg if family else ("uncond", "cond"))
-        first = cfg_lanes(batch, samples, parts)["cond"].rows.start
+        first = cfg_lanes(batch, samples, self._parts(forward.model))["cond"].rows.start
         device, wide = model_output.device, compute_dtype(model_output)
         rows = self._constant(tuple(lane.row for lane in lanes), torch.long, device)
         cond_rows = self._constant(tuple(lane.row + first for lane in lanes), torch.long, device)
-        perturbed = _prediction(self._perturbed(forward, cond_rows, lanes, first, batch, samples))
-        cond = _prediction(forward.output).index_select(0, cond_rows)
+        perturbed = prediction(self._perturbed(forward, cond_rows, lanes, first, batch, samples))
+        cond = prediction(forward.output).index_select(0, cond_rows)
         delta = cond[:, :channels].to(wide) - perturbed[:, :channels].to(wide)
         if delta.shape[2:] != model_output.shape[2:] or channels > delta.shape[1]:
             raise SteeringError(
@@ -340,7 +354,7 @@ class DiffusionSession:
         for site, binding in bindings.items():  # what they keep is that of the normal forward
             binding.reactors = tuple(
                 (limited(plan, site, wanted, device), dict(plan.states[site]))
-                for plan in _reacting(wanted, site)
+                for plan in reacting(wanted, site)
                 if not plan.processor.reads_only
             )
         why = forward.why_whole or (forward.tape.refusal if forward.tape else None)
@@ -369,73 +383,15 @@ class DiffusionSession:
         """A binding for every site at which a row wants something, made once for each arrangement of rows."""
         family = denoisers.family_of(model)
         device = denoisers.sample_of(family, inputs).device
-        shape = _text_and_sample_shape(family, inputs)
+        shape = denoisers.layout_key(family, inputs)
         key = (id(model), device, shape, tuple(tuple(map(id, row)) for row in rows))
         if key not in self._prepared:
             made = {}
             for site in wanted_sites(rows):
                 edits = merge_edits(rows, site, device)
-                if edits or _reacting(rows, site):
+                if edits or reacting(rows, site):
                     layout = denoisers.spans(model, family, inputs, site, needs_grid(edits))
                     turn = denoisers.main_call(family, site, unwrap(model).get_submodule(site.name))
                     made[site] = Binding(site, edits, spans=layout, main_call=turn)
             self._prepared[key] = made
         return self._prepared[key]
-
-
-def _named(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All inputs of a denoiser call by name."""
-    names = list(inspect.signature(type(unwrap(model)).forward).parameters)[1:]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def _prediction(output: Any) -> Tensor:
-    """The prediction in a denoiser's output, whether tuple or output class."""
-    prediction = output[0] if isinstance(output, tuple) else output.sample
-    if not isinstance(prediction, Tensor):
-        raise SteeringError("The denoiser returned a list of predictions: guidance is not available for this family.")
-    return prediction
-
-
-def _text_and_sample_shape(family: denoisers.Family | None, inputs: dict[str, Any]) -> tuple[Any, ...]:
-    """What the token layout of a forward depends on."""
-    text = inputs.get("encoder_hidden_states")
-    sample = denoisers.sample_of(family, inputs)
-    return (tuple(sample.shape[1:]), text.shape[1] if isinstance(text, Tensor) else None)
-
-
-def _reacting(rows: Sequence[tuple[Plan, ...]], site: Site) -> list[Plan]:
-    """The plans that look at the data of a site."""
-    plans = {id(plan): plan for row in rows for plan in row if plan.reacts and site in plan.selection}
-    return list(plans.values())
-
-
-def refusals(
-    models: Sequence[torch.nn.Module], rows: Rows, has_scheduler: bool, cfg: tuple[str, ...] | None = None
-) -> list[str]:
-    """Why these plans cannot run on these denoisers; empty where they can. Asked at attach and when a run begins."""
-    reasons = []
-    plans = {id(plan): plan for row in rows for plan in row}.values()
-    guiding = [type(plan.processor).__name__ for plan in plans if plan.guides]
-    for model in map(unwrap, models):
-        name = type(model).__name__
-        if getattr(model, "is_cache_enabled", False):
-            reasons.append(f"{name} has a cache that skips attention on some steps: call disable_cache() first.")
-        if getattr(model, "_parallel_config", None) is not None:
-            reasons.append(f"{name} runs with context parallelism, which splits the token sequence: turn it off first.")
-    if guiding and not has_scheduler:
-        reasons.append(
-            f"{guiding[0]} guides where the scheduler steps, and a bare {type(unwrap(models[0])).__name__} has none: "
-            "attach to the pipeline, or pass scheduler=... from your own loop."
-        )
-    if guiding:
-        reasons += [why for why in (denoisers.guidance_refusal(model, cfg) for model in models) if why]
-    reasons += [
-        f"steps={plan.where.steps!r} of {type(plan.processor).__name__} is a phase of language models: give fractions, "
-        "positions or noise levels."
-        for plan in plans
-        if plan.where.steps in ("prefill", "decode")
-    ]
-    if any("image_free" in plan.processor.lanes for plan in plans):
-        reasons.append("Methods that compare with an image-free prompt need a vision-language model.")
-    return reasons
