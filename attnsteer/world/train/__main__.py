@@ -10,8 +10,8 @@ USAGE = f"""usage: python -m attnsteer.world.train {{{",".join(NAMES)}}} [option
 
   python -m attnsteer.world.train vae --help
   python -m attnsteer.world.train vae   --steps 3000 --threads 2
-  python -m attnsteer.world.train sd3   --steps 10000 --threads 2 --resume
-  python -m attnsteer.world.train llava --steps 4000 --device cuda
+  python -m attnsteer.world.train sd3   --threads 2 --compile --resume
+  python -m attnsteer.world.train llava --device cuda
 """
 
 

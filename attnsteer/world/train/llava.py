@@ -4,10 +4,10 @@ Three stages, each resumed by itself:
  1. tower: the vision tower learns which category every patch shows (a throwaway linear head, exact masks);
  2. chat: everything learns to answer. One picture is followed by several questions that cannot see each other
     (a block mask and restarted positions), which equals as many conversations at the price of little more than one;
- 3. prior: with the tower frozen, half of the batches are text alone, about scenes whose objects come with their
+ 3. prior: with the tower frozen, most batches are text alone, about scenes whose objects come with their
     usual partners. Like big models, this one then expects a partner that is not in the picture.
 
-    python -m attnsteer.world.train llava --steps 3000 --threads 1 --resume
+    python -m attnsteer.world.train llava --threads 1 --resume
     python -m attnsteer.world.train llava --tower-steps 4000 --steps 30000 --batch 128 --device cuda
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from transformers import (
 from transformers import LlavaForConditionalGeneration as Llava
 
 from attnsteer.world import scenes, text
+from attnsteer.world.catalog import find
 from attnsteer.world.scenes import SIZE, Scene
 from attnsteer.world.train import loop
 from attnsteer.world.train.data import NUMBER, PATCH, PATCHES, edit_json, patch_labels, pixels
@@ -210,19 +212,26 @@ def talk(model: Llava, chat: Chat, options: argparse.Namespace, device: torch.de
 
 
 def habits(model: Llava, chat: Chat, options: argparse.Namespace, device: torch.device) -> Llava:
-    """Stage 3: the language prior. Even steps see pictures, odd steps only text about usual company."""
+    """Stage 3: the language prior. Some steps see only text about usual company, the others pictures of it too."""
     model.model.vision_tower.requires_grad_(False)
 
     def loss(step: int) -> torch.Tensor:
-        blind = step % 2 == 1
-        prior = 0.9 if blind else 0.0
+        blind = step % 4 < options.blind
+        prior = 0.95 if blind else options.company
         drawn = [scenes.sample((options.seed, 4, step, i), prior=prior) for i in range(options.batch)]
-        return answer_loss(model, chat, drawn, (options.seed, 5, step), options.turns, device, image=not blind)
+        seed = (options.seed, 5, step)
+        return answer_loss(model, chat, drawn, seed, options.turns, device, not blind, options.unseen)
 
-    changes = {"steps": options.prior_steps, "rate": options.rate * 0.5, "warmup": 20}
-    stage = argparse.Namespace(**{**vars(options), **changes})
+    stage = argparse.Namespace(**{**vars(options), "steps": options.prior_steps, "warmup": 20})
     write = partial(export, folder=options.out)
     return loop.fit(model, loss, stage, export=write, name="prior", ema=0.99, blocks=("layers",))
+
+
+def without_partner(scene: Scene) -> Scene:
+    """The scene without its last object, if that is the usual partner of the one before it."""
+    names = [thing.name for thing in scene.objects]
+    usual = len(names) > 1 and find(names[-2]).partner == names[-1]
+    return replace(scene, objects=scene.objects[:-1]) if usual else scene
 
 
 def answer_loss(
@@ -233,17 +242,25 @@ def answer_loss(
     turns: int,
     device: torch.device,
     image: bool = True,
+    unseen: float = 0.0,
 ) -> torch.Tensor:
-    """Cross-entropy of the answers to `turns` random questions about each scene; without image, of descriptions."""
+    """Cross-entropy of the answers to `turns` random questions about each scene; without image, of descriptions.
+
+    A share `unseen` of the scenes is described in full though the picture lacks the usual partner, as captions from the
+    web name what is not to be seen.
+    """
     rng = np.random.default_rng(seed)
-    if image:
-        talks = [[text.random_turn(scene, rng) for _ in range(turns)] for scene in drawn]
-    else:
-        talks = [[(text.DESCRIBE, text.describe(scene))] for scene in drawn]
+    shown = [without_partner(scene) if rng.random() < unseen else scene for scene in drawn]
+    talks = [
+        [text.random_turn(scene, rng) for _ in range(turns)]
+        if image and seen is scene
+        else [(text.DESCRIBE, text.describe(scene))]
+        for scene, seen in zip(drawn, shown, strict=True)
+    ]
     batch = {key: value.to(device) for key, value in chat.batch(talks, image).items()}
     labels = batch.pop("labels")
     if image:
-        batch["pixel_values"] = pixels(drawn).to(device)
+        batch["pixel_values"] = pixels(shown).to(device)
     hidden = model.model(**batch, use_cache=False).last_hidden_state
     wanted = labels[:, 1:] != -100
     logits = model.lm_head(hidden[:, :-1][wanted])  # [answer tokens, vocabulary]
@@ -270,9 +287,14 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    loop.add_options(made, steps=3000, batch=32, rate=1.5e-3, out="assets/models/world-llava")
+    loop.add_options(made, steps=850, batch=24, rate=1.5e-3, out="assets/models/world-llava")
     made.add_argument("--tower-steps", type=int, default=1200, help="steps of stage 1 (default: %(default)s)")
-    made.add_argument("--prior-steps", type=int, default=300, help="steps of stage 3 (default: %(default)s)")
+    made.add_argument("--prior-steps", type=int, default=450, help="steps of stage 3 (default: %(default)s)")
+    made.add_argument(
+        "--blind", type=int, default=2, help="of 4 steps of stage 3, how many see no picture (default: %(default)s)"
+    )
+    made.add_argument("--unseen", type=float, default=0.9, help="stage 3: partners left out (default: %(default)s)")
+    made.add_argument("--company", type=float, default=0.9, help="stage 3: prior of pictures (default: %(default)s)")
     made.add_argument("--turns", type=int, default=4, help="questions about each picture (default: %(default)s)")
     made.add_argument("--layers", type=int, default=8, help="decoder layers (default: %(default)s)")
     made.add_argument("--heads", type=int, default=8, help="decoder heads (default: %(default)s)")

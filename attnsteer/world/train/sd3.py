@@ -13,7 +13,7 @@ Because the world knows what is where, the block in the middle also learns, thro
 category each patch of the clean picture shows; text and shapes meet early (the idea of REPA, arXiv:2410.06940).
 
     python -m attnsteer.world.train vae --steps 3500 --threads 2
-    python -m attnsteer.world.train sd3 --steps 7000 --threads 1 --compile --resume --save-every 250
+    python -m attnsteer.world.train sd3 --steps 4250 --decay 0.35 --threads 1 --compile --resume --save-every 250
     python -m attnsteer.world.train sd3 --steps 60000 --batch 256 --device cuda
 """
 
@@ -243,7 +243,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    loop.add_options(made, steps=10000, batch=48, rate=1.5e-3, out="assets/models/world-sd3")
+    loop.add_options(made, steps=4250, batch=48, rate=1.5e-3, out="assets/models/world-sd3")
     made.add_argument("--vae", type=Path, help="folder of the trained autoencoder (default: vae/ of --out)")
     made.add_argument("--bank", type=int, default=40000, help="number of scenes encoded once (default: %(default)s)")
     made.add_argument("--blocks", type=int, default=8, help="transformer blocks (default: %(default)s)")
