@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from .errors import SteeringError
-from .plain import decode, encode
+from .plain import decode, encode, short
 from .processor import Processor
 
 if TYPE_CHECKING:
@@ -134,13 +134,13 @@ def _from_dict(data: Any, tensors: Mapping[str, Tensor]) -> Processor:
     from .processors import get
 
     if not isinstance(data, Mapping) or not {"processor"} <= set(data) <= {"processor", "parameters"}:
-        raise SteeringError(f"{_short(data)} is no processor: wanted is {{'processor': name, 'parameters': {{...}}}}.")
+        raise SteeringError(f"{short(data)} is no processor: wanted is {{'processor': name, 'parameters': {{...}}}}.")
     if not isinstance(data["processor"], str):
-        raise SteeringError(f"processor={_short(data['processor'])} is no name: give one in quotes.")
+        raise SteeringError(f"processor={short(data['processor'])} is no name: give one in quotes.")
     cls = get(data["processor"])
     given = data.get("parameters", {})
     if not isinstance(given, Mapping):
-        raise SteeringError(f"parameters={_short(given)} of {cls.__name__} are no mapping of names to values.")
+        raise SteeringError(f"parameters={short(given)} of {cls.__name__} are no mapping of names to values.")
     known = {field.name: field for field in _parameters(cls)}
     for key in given:
         if key not in known:
@@ -198,9 +198,9 @@ def _entries(data: Any) -> list[Any]:
     if not isinstance(data, dict) or set(data) != {"format", "processors"}:
         raise SteeringError("the keys must be 'format' and 'processors'.")
     if data["format"] != FORMAT or isinstance(data["format"], bool):
-        raise SteeringError(f"format={_short(data['format'])} is not known: this version reads format {FORMAT}.")
+        raise SteeringError(f"format={short(data['format'])} is not known: this version reads format {FORMAT}.")
     if not isinstance(data["processors"], list):
-        raise SteeringError(f"processors={_short(data['processors'])} is no list.")
+        raise SteeringError(f"processors={short(data['processors'])} is no list.")
     return data["processors"]
 
 
@@ -223,8 +223,3 @@ def _parse(text: str) -> Any:
         return json.loads(text, parse_constant=number, parse_float=number, object_pairs_hook=once)
     except json.JSONDecodeError as error:
         raise SteeringError(f"not JSON: {error}.") from error
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

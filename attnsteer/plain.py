@@ -67,7 +67,7 @@ def decode(value: Any, hint: Any, what: str, tensors: Mapping[str, Any]) -> Any:
     if len(real) == 1 and isinstance(value, (Mapping, list)):
         raise real[0]
     wanted = " or ".join(_name(option) for option in options)
-    raise SteeringError(f"{what}: {_short(value)} is not allowed; wanted is {wanted}.")
+    raise SteeringError(f"{what}: {short(value)} is not allowed; wanted is {wanted}.")
 
 
 def _decode_one(value: Any, hint: Any, what: str, tensors: Mapping[str, Any]) -> Any:
@@ -93,13 +93,13 @@ def _decode_one(value: Any, hint: Any, what: str, tensors: Mapping[str, Any]) ->
     if origin in (dict, Mapping) and isinstance(value, Mapping):
         key_hint, value_hint = arguments
         return {_key(k, key_hint): decode(v, value_hint, f"{what}[{k!r}]", tensors) for k, v in value.items()}
-    raise SteeringError(f"{what}: {_short(value)} is not allowed; wanted is {_name(hint)}.")
+    raise SteeringError(f"{what}: {short(value)} is not allowed; wanted is {_name(hint)}.")
 
 
 def _sequence(value: list[Any], origin: Any, arguments: tuple[Any, ...], what: str, tensors: Mapping[str, Any]) -> Any:
     if origin is tuple and Ellipsis not in arguments:
         if len(value) != len(arguments):
-            raise SteeringError(f"{what}: {_short(value)} has {len(value)} entries; wanted are {len(arguments)}.")
+            raise SteeringError(f"{what}: {short(value)} has {len(value)} entries; wanted are {len(arguments)}.")
         hints: Sequence[Any] = arguments
     else:
         hints = [arguments[0]] * len(value)
@@ -110,7 +110,7 @@ def _sequence(value: list[Any], origin: Any, arguments: tuple[Any, ...], what: s
 def decode_where(value: Any, what: str = "where") -> Where:
     """A selection from its JSON form: a mapping with any of the keys layers, heads and steps."""
     if not isinstance(value, Mapping):
-        raise SteeringError(f"{what}: {_short(value)} is no selection; wanted is a mapping of layers, heads and steps.")
+        raise SteeringError(f"{what}: {short(value)} is no selection; wanted is a mapping of layers, heads and steps.")
     for key in value:
         if key not in ("layers", "heads", "steps"):
             raise SteeringError(f"{what} has no part {key!r}; it has: layers, heads, steps.")
@@ -132,12 +132,12 @@ def _selection(value: Any, what: str) -> Any:
         return {str(k): _selection(v, f"{what}[{k!r}]") for k, v in value.items()}
     if isinstance(value, (int, float, str)) and not isinstance(value, bool):
         return value
-    raise SteeringError(f"{what}: {_short(value)} is no part of a selection.")
+    raise SteeringError(f"{what}: {short(value)} is no part of a selection.")
 
 
 def _slice(value: Any, what: str) -> slice:
     if not isinstance(value, list) or not 2 <= len(value) <= 3 or not all(v is None or type(v) is int for v in value):
-        raise SteeringError(f"{what}: {_short(value)} is no slice; wanted is [start, stop, step] of ints or null.")
+        raise SteeringError(f"{what}: {short(value)} is no slice; wanted is [start, stop, step] of ints or null.")
     if len(value) == 3 and value[2] == 0:
         raise SteeringError(f"{what}: the step of a slice is not 0.")
     return slice(*value)
@@ -156,6 +156,7 @@ def _name(hint: Any) -> str:
     return special[hint] if hint in special else getattr(hint, "__name__", str(hint))
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value as an error shows it, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
