@@ -32,11 +32,11 @@ def set_attn_processor(self: Any, *processors: Any, **options: Any) -> Steering 
         The handle of ``attnsteer.attach``; None where nothing of attnsteer is attached.
 
     Raises:
-        SteeringError: every reason why this cannot be done; what was set before then stays.
+        SteeringError: every reason why this cannot be done. Then, and whatever else is raised, what was set before
+            stays.
     """
     from .attach import attach, attached_to, models_of
     from .errors import SteeringError
-    from .explain import explain
     from .processor import Processor
 
     given = _flat(processors)
@@ -47,14 +47,16 @@ def set_attn_processor(self: Any, *processors: Any, **options: Any) -> Steering 
         raise SteeringError(f"{', '.join(options)} means nothing to stock processors: leave it out.")
     before = attached_to(self)
     if before is not None:
-        refused = explain(self, *own).refused if own else []
-        if refused:
-            raise SteeringError(refused)
         before.detach()
-    if own:
-        return attach(self, *own, **options)
-    for denoiser in models_of(self):
-        _set_stock(denoiser, given[0] if given else None)
+    try:
+        if own:
+            return attach(self, *own, **options)
+        for denoiser in models_of(self):
+            _set_stock(denoiser, given[0] if given else None)
+    except BaseException:
+        if before is not None:
+            before._start()
+        raise
     return None
 
 
@@ -85,9 +87,13 @@ def _set_stock(denoiser: Any, processor: Any) -> None:
         from .errors import SteeringError
 
         raise SteeringError(f"{type(denoiser).__name__} takes no stock processors; attnsteer processors attach to it.")
-    _stock.setdefault(denoiser, dict(denoiser.attn_processors))
-    # The library's method empties the dict that it is given.
-    denoiser.set_attn_processor(dict(processor) if isinstance(processor, Mapping) else processor)
+    had = dict(denoiser.attn_processors)
+    try:  # the library's method empties the dict that it is given
+        denoiser.set_attn_processor(dict(processor) if isinstance(processor, Mapping) else processor)
+    except BaseException:  # it may have set some of them
+        denoiser.set_attn_processor(had)
+        raise
+    _stock.setdefault(denoiser, had)
 
 
 # ---- giving the method to DiffusionPipeline, now or when it is imported ----------------------------------------------

@@ -15,6 +15,7 @@ import attnsteer
 from attnsteer import Processor, Site, SteeringError
 from attnsteer.attach import attached_to
 from attnsteer.edits import Edit, MeanValue, Mix
+from attnsteer.processors import PAG
 from tests.tiny import pipelines
 
 
@@ -81,6 +82,30 @@ def test_refusals_leave_the_pipeline_alone() -> None:
     with pytest.raises(SteeringError, match="cfg"):
         pipe.set_attn_processor(AttnProcessor(), cfg=("cond", "uncond"))
     assert attached_to(pipe) is steering
+
+
+def test_what_fails_while_setting_leaves_the_old_steering_at_work() -> None:
+    from diffusers.models.attention_processor import AttnProcessor
+
+    pipe = pipelines.build("sd15")
+    plain = picture(pipe)
+    stock = dict(pipe.unet.attn_processors)
+    steering = pipe.set_attn_processor(Uniform())
+    steered = picture(pipe)
+    with pytest.raises(SteeringError, match="no order of a guided batch"):
+        pipe.set_attn_processor(PAG(), cfg=("a", "b"))
+    with pytest.raises(ValueError, match="number of processors"):
+        pipe.set_attn_processor({"nowhere": AttnProcessor()})
+    misnamed = {name.replace("mid", "top"): AttnProcessor() for name in reversed(stock)}
+    misnamed = {name.replace("up_blocks", "side_blocks"): processor for name, processor in misnamed.items()}
+    with pytest.raises(KeyError):  # the library finds out half-way
+        pipe.set_attn_processor(misnamed)
+    assert pipe.unet.attn_processors == stock
+    assert attached_to(pipe) is steering
+    assert np.array_equal(picture(pipe), steered)
+    pipe.set_attn_processor(None)
+    assert pipe.unet.attn_processors == stock
+    assert np.array_equal(picture(pipe), plain)
 
 
 ORDERS = {
