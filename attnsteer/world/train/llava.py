@@ -4,8 +4,9 @@ Three stages, each resumed by itself:
  1. tower: the vision tower learns which category every patch shows (a throwaway linear head, exact masks);
  2. chat: everything learns to answer. One picture is followed by several questions that cannot see each other
     (a block mask and restarted positions), which equals as many conversations at the price of little more than one;
- 3. prior: with the tower frozen, most batches are text alone, about scenes whose objects come with their
-    usual partners. Like big models, this one then expects a partner that is not in the picture.
+ 3. prior: with the tower frozen, half of the steps are text alone, about scenes whose objects come with their usual
+    partners; in the others most usual partners are left out of the picture though its description names them. Like big
+    models, this one then names a partner that is not there.
 
     python -m attnsteer.world.train llava --threads 1 --resume
     python -m attnsteer.world.train llava --tower-steps 4000 --steps 30000 --batch 128 --device cuda
