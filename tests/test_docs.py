@@ -35,6 +35,11 @@ def test_python_snippets_run_one_after_another(tmp_path: Path, monkeypatch: pyte
     assert namespace["processor_again"].strength == 0.25
 
 
+def test_lines_outside_tables_are_not_too_long() -> None:
+    prose = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
+    assert [line for line in prose.splitlines() if len(line) > 120 and not line.startswith("|")] == []
+
+
 def test_command_lines_are_understood() -> None:
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("attnsteer ")]
     assert len(commands) >= 5
