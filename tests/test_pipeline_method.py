@@ -115,7 +115,9 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(  # a new interpreter each; the third takes the way of the first in more steps
+    "order", ["attnsteer first", "diffusers first", pytest.param("lazily", marks=pytest.mark.slow)]
+)
 def test_either_import_order_gives_the_method(order: str) -> None:
     code = f"""{ORDERS[order]}
 import sys
