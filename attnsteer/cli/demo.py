@@ -66,7 +66,7 @@ def pictures(given: argparse.Namespace, folder: Path, say: Callable[[str], None]
     from ..where import Where
     from .sheet import picture_sheet
 
-    softpag = SoftPAG(Where(layers=[2, 3]), strength=0.5, scale=3.0)
+    softpag = SoftPAG(Where(layers=[4, 5]), strength=0.5, scale=2.0)
     pipe, _ = models.load("world-sd3", given.device, given.dtype)
     pipe.set_progress_bar_config(disable=True)
     say(f"world-sd3: {len(PROMPTS)} prompts, {given.num_seeds} seeds, {given.num_steps} steps, {_brief(softpag)}")
@@ -76,6 +76,7 @@ def pictures(given: argparse.Namespace, folder: Path, say: Callable[[str], None]
             return pipe(
                 [prompt] * given.num_seeds,
                 num_inference_steps=given.num_steps,
+                guidance_scale=2.0,
                 generator=[torch.Generator().manual_seed(given.seed + i) for i in range(given.num_seeds)],
                 **call_defaults("world-sd3"),
             ).images

@@ -344,6 +344,8 @@ def refusals(
             reasons.append(f"{name} has a cache that skips attention on some steps: call disable_cache() first.")
         if getattr(model, "_parallel_config", None) is not None:
             reasons.append(f"{name} runs with context parallelism, which splits the token sequence: turn it off first.")
+    if cfg is not None and (cfg.count("cond") != 1 or len(set(cfg)) < len(cfg)):
+        reasons.append(f"cfg={cfg!r} is no order of a guided batch: name each part once, one of them 'cond'.")
     if guiding and not has_scheduler:
         reasons.append(
             f"{guiding[0]} guides where the scheduler steps, and a bare {type(unwrap(models[0])).__name__} has none: "

@@ -91,8 +91,6 @@ class DiffusionSession:
         self._find_scheduler = find_scheduler
         self.rows = rows
         self.owner: Any = None
-        if cfg is not None and (cfg.count("cond") != 1 or len(set(cfg)) < len(cfg)):
-            raise SteeringError(f"cfg={cfg!r} is no order of a guided batch: name each part once, one of them 'cond'.")
         self._cfg = cfg
         self._clock: Clock | None = None
         self._intercepted: list[tuple[torch.nn.Module, Callable[[], None]]] = []
