@@ -105,9 +105,9 @@ def check_number(owner: Processor, name: str, low: float = -math.inf, high: floa
         or not math.isfinite(value)
         or not low <= value <= high
     ):
-        raise SteeringError(
-            f"{type(owner).__name__}({name}={value!r}) is out of range: allowed is a number from {low:g} to {high:g}."
-        )
+        upward = f" to {high:g}" if high < math.inf else " up"
+        bounds = f"a number from {low:g}{upward}" if low > -math.inf else "a finite number"
+        raise SteeringError(f"{type(owner).__name__}({name}={value!r}) is out of range: allowed is {bounds}.")
 
 
 def check_choice(owner: Processor, name: str, allowed: tuple[str, ...]) -> None:

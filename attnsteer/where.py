@@ -82,7 +82,7 @@ class Where:
         """
         usable = [s for s in sites if s.kind in kinds]
         if not usable:
-            raise WhereError(f"The model has no {' or '.join(kinds)} attention; its sites: {describe(sites)}.")
+            raise WhereError(f"The model has no {_either(kinds)} attention; its sites: {describe(sites)}.")
         layers: list[Any] = _listed(self.layers)
         if isinstance(self.heads, Mapping) and self.layers == "all":
             layers = list(self.heads)
@@ -125,6 +125,11 @@ class Where:
         if _is_fraction(values):
             return values[0] * total - 1e-9 <= step < values[1] * total - 1e-9
         return step in [v + total if v < 0 else v for v in values]
+
+
+def _either(kinds: Sequence[Kind]) -> str:
+    """Kinds for a message; "unknown" is no kind that anybody asks for."""
+    return " or ".join(kind for kind in kinds if kind != "unknown")
 
 
 def _check_heads(heads: Any) -> None:
@@ -180,9 +185,7 @@ def _match(layer: Any, sites: Sequence[Site], usable: Sequence[Site], kinds: Seq
         found = [s for s in usable if s.name == layer or fnmatchcase(s.name, layer)]
         if not found:
             other = [s for s in sites if s.name == layer or fnmatchcase(s.name, layer)]
-            why = (
-                f"it is {other[0].kind} attention; wanted is {' or '.join(kinds)}" if other else "no site has that name"
-            )
+            why = f"it is {other[0].kind} attention; wanted is {_either(kinds)}" if other else "no site has that name"
             raise WhereError(f"Layer {layer!r} cannot be selected: {why}. There are: {describe(usable)}.")
         return found
     if layer == "all":
@@ -201,7 +204,7 @@ def _match(layer: Any, sites: Sequence[Site], usable: Sequence[Site], kinds: Seq
         best = min((kinds.index(s.kind) for s in there), default=None)
         found += [s for s in there if kinds.index(s.kind) == best]
     if not found:
-        raise WhereError(f"layers={layer!r} selects no {' or '.join(kinds)} attention. There are: {describe(usable)}.")
+        raise WhereError(f"layers={layer!r} selects no {_either(kinds)} attention. There are: {describe(usable)}.")
     return found
 
 

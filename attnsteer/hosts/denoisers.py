@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..errors import SteeringError
 from ..scheduler import Rows
 from ..site import Kind, Site, Spans
 from .base import unwrap
@@ -321,7 +322,7 @@ def sample_of(family: Family | None, inputs: Inputs) -> torch.Tensor:
     for name in names:
         if isinstance(inputs.get(name), torch.Tensor):
             return inputs[name]
-    raise KeyError(f"none of {', '.join(names)}")
+    raise SteeringError(f"The denoiser was called without a noisy sample: expected is {' or '.join(names)}.")
 
 
 def layout_key(family: Family | None, inputs: dict[str, Any]) -> tuple[Any, ...]:
