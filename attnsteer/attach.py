@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from .errors import SteeringError
+from .hosts.worlds import is_language_model, is_pipeline, models_of
 from .processor import Processor
 from .scheduler import Plan, Rows, make_plan, row_conflicts
 from .site import Site
@@ -192,45 +193,9 @@ def sites(target: Any) -> list[Site]:
     return found
 
 
-# ---- worlds ----------------------------------------------------------------------------------------------------------
-LANGUAGE_MODELS = frozenset({("transformers", "PreTrainedModel"), ("peft", "PeftModel")})
-
-
-def _lineage(obj: Any) -> set[tuple[str, str]]:
-    """Library and name of every class of an object, so that no library is imported to ask."""
-    return {(cls.__module__.partition(".")[0], cls.__name__) for cls in type(obj).__mro__}
-
-
-def _is_pipeline(target: Any) -> bool:
-    return ("diffusers", "DiffusionPipeline") in _lineage(target)
-
-
-def models_of(target: Any) -> list[torch.nn.Module]:
-    """The denoisers of a pipeline, or the model itself.
-
-    Raises:
-        SteeringError: for anything else.
-    """
-    if _is_pipeline(target):
-        parts = [getattr(target, name, None) for name in ("unet", "transformer", "transformer_2")]
-        models = [part for part in parts if isinstance(part, torch.nn.Module)]
-        if not models:
-            raise SteeringError(f"{type(target).__name__} has neither a unet nor a transformer to steer.")
-        return models
-    lineage = _lineage(getattr(target, "_orig_mod", target))
-    if isinstance(target, torch.nn.Module) and lineage & {("diffusers", "ModelMixin"), *LANGUAGE_MODELS}:
-        return [target]
-    raise SteeringError(
-        f"{type(target).__name__} cannot be steered: give a Diffusers pipeline, its denoiser or a Hugging Face model."
-    )
-
-
-def _is_language_model(model: Any) -> bool:
-    return not LANGUAGE_MODELS.isdisjoint(_lineage(getattr(model, "_orig_mod", model)))
-
-
+# ---- hosts -----------------------------------------------------------------------------------------------------------
 def _sites(model: torch.nn.Module) -> list[Site]:
-    if _is_language_model(model):
+    if is_language_model(model):
         from .hosts import causal_lm
 
         return causal_lm.sites(model)
@@ -254,13 +219,13 @@ def _session(
     reasons = refusals(target, models, rows, scheduler, cfg, processor)
     if reasons:
         raise SteeringError(reasons)
-    if _is_language_model(models[0]):
+    if is_language_model(models[0]):
         from .hosts.causal_lm import LanguageSession
 
         return LanguageSession(models[0], rows, processor)
     from .hosts.diffusion import DiffusionSession
 
-    find_scheduler = (lambda: target.scheduler) if _is_pipeline(target) else (lambda: scheduler)
+    find_scheduler = (lambda: target.scheduler) if is_pipeline(target) else (lambda: scheduler)
     return DiffusionSession(lambda: models_of(target), find_scheduler, rows, cfg)
 
 
@@ -273,7 +238,7 @@ def refusals(
     processor: Any,
 ) -> list[str]:
     """Why these plans cannot act on this target; empty where they can."""
-    language, pipeline = _is_language_model(models[0]), _is_pipeline(target)
+    language, pipeline = is_language_model(models[0]), is_pipeline(target)
     reasons = row_conflicts(rows)
     reasons += [
         f"{name}= is for diffusion models." for name, v in (("scheduler", scheduler), ("cfg", cfg)) if v and language

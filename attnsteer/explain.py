@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .attach import _occupied, models_of, refusals, rows_given, sites, why_taken
+from .attach import _occupied, refusals, rows_given, sites, why_taken
 from .errors import SteeringError
 from .fork import stages_before, why_no_fork
+from .hosts.worlds import models_of
 from .processor import Processor, parameters
 from .scheduler import Plan, make_plan, wanted_sites
 from .where import Where

@@ -35,8 +35,9 @@ def set_attn_processor(self: Any, *processors: Any, **options: Any) -> Steering 
         SteeringError: every reason why this cannot be done. Then, and whatever else is raised, what was set before
             stays.
     """
-    from .attach import attach, attached_to, models_of
+    from .attach import attach, attached_to
     from .errors import SteeringError
+    from .hosts.worlds import models_of
     from .processor import Processor
 
     given = _flat(processors)

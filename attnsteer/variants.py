@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .attach import _is_pipeline, _processors_of, attach, attached_to
+from .attach import _processors_of, attach, attached_to
 from .errors import SteeringError
+from .hosts.worlds import is_pipeline
 from .processor import Processor
 
 
@@ -64,7 +65,7 @@ def run_variants(
     chosen = [_as_variant(v) for v in variants]
     jobs = [(variant, seed) for seed in seeds for variant in chosen]
     size = len(chosen) if batch_size is None else batch_size
-    if not _is_pipeline(pipe):
+    if not is_pipeline(pipe):
         raise SteeringError(f"run_variants needs a Diffusers pipeline, not {type(pipe).__name__}.")
     if not jobs:
         raise SteeringError("Nothing to run: give at least one variant and one seed.")
