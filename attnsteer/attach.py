@@ -13,7 +13,7 @@ import torch
 from .errors import SteeringError
 from .hosts.worlds import is_language_model, is_pipeline, models_of
 from .processor import Processor
-from .scheduler import Plan, Rows, make_plan, row_conflicts
+from .scheduler import Plan, Rows, make_plan, plans_of, row_conflicts
 from .site import Site
 
 if TYPE_CHECKING:
@@ -32,9 +32,8 @@ class Session(Protocol):
     def stop(self) -> None: ...
 
 
-_attached: weakref.WeakValueDictionary[int, Steering] = (
-    weakref.WeakValueDictionary()
-)  # by id of every steered model and pipeline
+_attached: weakref.WeakValueDictionary[int, Steering] = weakref.WeakValueDictionary()
+"""By id of everything that a steering changes: pipelines, models and schedulers."""
 
 
 class Steering:
@@ -57,7 +56,7 @@ class Steering:
     @property
     def plans(self) -> list[Plan]:
         """Every plan once, in the order of rows."""
-        return list({id(plan): plan for row in self.session.rows for plan in row}.values())
+        return plans_of(self.session.rows)
 
     @property
     def processors(self) -> list[Processor]:

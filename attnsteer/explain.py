@@ -11,7 +11,7 @@ from .errors import SteeringError
 from .fork import stages_before, why_no_fork
 from .hosts.worlds import models_of
 from .processor import Processor, parameters
-from .scheduler import Plan, make_plan, wanted_sites
+from .scheduler import Plan, make_plan, plans_of, wanted_sites
 from .where import Where
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def explain_attached(steering: Steering, **shape: int) -> Explanation:
 
 
 def _explanation(target: Any, rows: Any, refused: list[str], shape: Mapping[str, int]) -> Explanation:
-    plans = list({id(plan): plan for row in rows for plan in row}.values())
+    plans = plans_of(rows)
     numbers = {id(plan): i for i, plan in enumerate(plans)}
     facts: dict[str, Any] = {
         "rows": [[numbers[id(plan)] for plan in row] for row in rows],

@@ -52,7 +52,7 @@ class Tape:
                 if self.chain:
                     self._outputs.clear()
                     self._versions.clear()
-                kept = _detached(output)
+                kept = _kept(output)
                 self._outputs.append(kept)
                 self._versions.append([t._version for t in _tensors(kept) if not t.is_inference()])
                 self._called.append(name)
@@ -102,12 +102,12 @@ class Tape:
         return None
 
 
-def _detached(output: Any) -> Any:
+def _kept(output: Any) -> Any:
     """Outputs made in inference mode carry no version counter: keep a copy that nobody can write to."""
     if isinstance(output, torch.Tensor):
         return output.clone() if output.is_inference() else output
     if isinstance(output, (tuple, list)):
-        return type(output)(_detached(item) for item in output)
+        return type(output)(_kept(item) for item in output)
     return output
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .edits import Edit, restrict
-from .scheduler import Plan
+from .scheduler import Plan, plans_of
 from .site import AttentionCall, Site
 
 
@@ -51,5 +51,4 @@ def limited(plan: Plan, site: Site, rows: Sequence[Sequence[Plan]], device: torc
 
 def reacting(rows: Sequence[Sequence[Plan]], site: Site) -> list[Plan]:
     """The plans that look at the data of a site."""
-    plans = {id(plan): plan for row in rows for plan in row if plan.reacts and site in plan.selection}
-    return list(plans.values())
+    return [plan for plan in plans_of(rows) if plan.reacts and site in plan.selection]

@@ -72,6 +72,11 @@ def make_plan(processor: Processor, sites: Sequence[Site]) -> Plan:
     return Plan(processor, where, selection, edits, {site: {} for site in selection})
 
 
+def plans_of(rows: Sequence[Sequence[Plan]]) -> list[Plan]:
+    """Every plan once, in the order of rows."""
+    return list({id(plan): plan for row in rows for plan in row}.values())
+
+
 def row_conflicts(rows: Rows) -> list[str]:
     """Pairs of edits of one row that do not compose at a site where they meet."""
     found = []

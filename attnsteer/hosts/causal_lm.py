@@ -21,7 +21,7 @@ from ..binding import ATTRIBUTE, Binding
 from ..edits import Edit, tile_rows
 from ..errors import NotReachedError, SteeringError
 from ..reacting import Reacts, Silent, limited
-from ..scheduler import Rows, merge_edits, wanted_sites
+from ..scheduler import Rows, merge_edits, plans_of, wanted_sites
 from ..site import Phase, Site, Spans
 from ..spans import KeySpans
 from . import transformers_seam
@@ -83,7 +83,7 @@ class LanguageSession:
         self.rows = rows
         self.owner: Any = None
         self._active = tuple(tuple(plan for plan in row if not plan.processor.inert) for row in rows)
-        self._plans = list({id(plan): plan for row in self._active for plan in row}.values())
+        self._plans = plans_of(self._active)
         self._image_free = [plan for plan in self._plans if "image_free" in plan.processor.lanes]
         self._removal = next((plan.processor.removal for plan in self._image_free), "delete")  # refusals: one for all
         self._modules = {site: self.model.get_submodule(site.name) for site in wanted_sites(self._active)}

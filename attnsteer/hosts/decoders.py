@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..scheduler import Plan, Rows
+from ..scheduler import Plan, Rows, plans_of
 from ..site import Site
 from .base import unwrap
 from .vlm_families import why_no_image_free_lane
@@ -49,7 +49,7 @@ def refusals(model: torch.nn.Module, rows: Rows) -> list[str]:
         reasons.append(
             "A paged attention implementation is selected: call model.set_attn_implementation('sdpa') first."
         )
-    plans = list({id(plan): plan for row in rows for plan in row}.values())
+    plans = plans_of(rows)
     return reasons + [reason for plan in plans for reason in _plan_refusals(plan)] + _lane_refusals(config, plans)
 
 

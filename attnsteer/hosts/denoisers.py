@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import SteeringError
-from ..scheduler import Rows
+from ..scheduler import Rows, plans_of
 from ..site import Kind, Site, Spans
 from .base import unwrap
 from .diffusers_seam import attention_modules
@@ -337,7 +337,7 @@ def refusals(
 ) -> list[str]:
     """Why these plans cannot run on these denoisers; empty where they can. Asked at attach and when a run begins."""
     reasons = []
-    plans = {id(plan): plan for row in rows for plan in row}.values()
+    plans = plans_of(rows)
     guiding = [type(plan.processor).__name__ for plan in plans if plan.guides]
     for model in map(unwrap, models):
         name = type(model).__name__

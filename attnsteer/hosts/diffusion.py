@@ -23,7 +23,7 @@ from ..fork import Tape, stages_before, why_no_fork
 from ..lanes import cfg_lanes
 from ..logits import compute_dtype
 from ..reacting import limited, reacting
-from ..scheduler import Plan, Rows, merge_edits, needs_grid, row_of, wanted_sites
+from ..scheduler import Plan, Rows, merge_edits, needs_grid, plans_of, row_of, wanted_sites
 from ..site import Site
 from . import denoisers
 from .base import (
@@ -171,7 +171,7 @@ class DiffusionSession:
 
     def _check_steps(self, clock: Clock) -> None:
         """Steps that this schedule does not have would make a processor a silent no-op."""
-        for plan in {id(plan): plan for row in self.rows for plan in row}.values():
+        for plan in plans_of(self.rows):
             steps = plan.where.steps
             sigma = isinstance(steps, Mapping)
             if not sigma and not any(plan.where.active(i, clock.total) for i in range(clock.total)):
