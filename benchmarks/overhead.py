@@ -27,7 +27,7 @@ import attnsteer
 from attnsteer import Where
 from attnsteer.edits import Mix, OwnValue
 from attnsteer.processors import VHR, SoftPAG
-from attnsteer.world import assets, scenes
+from attnsteer.world import assets, sampling
 
 Cases = dict[str, Callable[[], Any]]
 
@@ -99,7 +99,7 @@ def diffusion_cases(pipe: Any, size: int | None, steps: int) -> Cases:
 
 def language_cases(model: Any, processor: Any, tokens: int) -> Cases:
     """A caption with the plain model and with VHR."""
-    picture = scenes.sample(0).image()
+    picture = sampling.sample(0).image()
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Please describe this image."}]}]
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
     inputs = processor(images=picture, text=text, return_tensors="pt").to(model.device, model.dtype)

@@ -21,7 +21,7 @@ import attnsteer
 from attnsteer import Where
 from attnsteer.processors import SoftPAG
 from attnsteer.world import assets
-from attnsteer.world.evaluate import Judge, prompts
+from attnsteer.world.evaluate.pictures import Judge, prompts
 
 SETTINGS = [None] + [SoftPAG(Where(layers=pair), strength=0.5, scale=2.0) for pair in ([2, 3], [4, 5], [5, 6])]
 BATCH = 28

@@ -13,7 +13,7 @@ from PIL import Image
 from attnsteer.cli.generate import answer
 from attnsteer.cli.models import load
 from attnsteer.processors import VHR
-from attnsteer.world.evaluate import lonely, named
+from attnsteer.world.evaluate.answers import lonely, named
 
 
 def main(arguments: list[str] | None = None) -> None:

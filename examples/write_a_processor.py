@@ -19,7 +19,7 @@ from attnsteer import Mix, Processor, Site, Where
 from attnsteer.cli.generate import answer
 from attnsteer.cli.models import load
 from attnsteer.edits import MeanValue
-from attnsteer.world import scenes
+from attnsteer.world import sampling
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(given.out)
 
     model, hf_processor = load("world-llava", "cpu", "float32")
-    scene = scenes.sample(given.seed).image()
+    scene = sampling.sample(given.seed).image()
     for name, processors in (("plain", []), ("steered", [processor])):
         print(f"{name}: {answer(model, hf_processor, scene, 'Describe the image.', processors, 40)}")
 

@@ -14,7 +14,7 @@ from attnsteer.cli import main, parser
 from attnsteer.cli.options import parameter, selection
 from attnsteer.errors import SteeringError
 from attnsteer.processors import SoftPAG, available
-from attnsteer.world import scenes
+from attnsteer.world import sampling
 from tests.tiny import pipelines
 
 
@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("cli")
     pipelines.build("sd3").save_pretrained(place / "sd3")
     pipelines.build("wan").save_pretrained(place / "wan")
-    scenes.sample(5).image().save(place / "scene.png")
+    sampling.sample(5).image().save(place / "scene.png")
     (place / "notes.txt").write_text("not a picture")
     (place / "broken.png").write_bytes((place / "scene.png").read_bytes()[:200])
     (place / "empty").mkdir()

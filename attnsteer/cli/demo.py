@@ -96,7 +96,7 @@ def answers(given: argparse.Namespace, folder: Path, say: Callable[[str], None])
     from ..attach import steer
     from ..processors import VHR
     from ..world import text
-    from ..world.evaluate import description_scores, lonely, named
+    from ..world.evaluate.answers import description_scores, lonely, named
 
     vhr = VHR()
     model, processor = models.load("world-llava", given.device, given.dtype)

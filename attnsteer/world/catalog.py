@@ -125,6 +125,13 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "yellow": (246, 222, 110),
     "pink": (244, 172, 200),
 }
+FRAMES: dict[str, tuple[int, int, int]] = {
+    "red": (204, 28, 40),
+    "green": (16, 128, 56),
+    "blue": (28, 64, 204),
+    "yellow": (252, 204, 0),
+    "purple": (132, 40, 168),
+}
 
 
 def find(name: str) -> Category:

@@ -63,22 +63,30 @@ def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.convert("RGBa").resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0).convert("RGBA")
 
 
+def _turn(image: Image.Image, angle: int) -> Image.Image:
+    """Turned to the left by `angle` degrees, cut to what is visible."""
+    turned = image.convert("RGBa").rotate(angle, Image.Resampling.BICUBIC, expand=True).convert("RGBA")
+    return turned.crop(turned.getchannel("A").point(lambda alpha: 255 * (alpha >= 16)).getbbox())
+
+
 @lru_cache(maxsize=16384)
-def sprite(name: str, size: int, flip: bool = False) -> np.ndarray:
+def sprite(name: str, size: int, flip: bool = False, angle: int = 0) -> np.ndarray:
     """One category's picture with its longer side `size` pixels long.
 
     Args:
-        name: category name; size: 1 or more; flip: mirrored left to right.
+        name: category name; size: 1 or more; flip: mirrored; angle: degrees turned to the left, after that.
     Returns:
         read-only uint8 array [height, width, 4], RGBA, not premultiplied.
     """
     atlas, index = _atlas()
     x, y, width, height = index[find(name).name]
     picture = atlas.crop((x, y, x + width, y + height))
-    scale = size / max(width, height)
-    picture = _resize(picture, (max(1, round(width * scale)), max(1, round(height * scale))))
     if flip:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if angle:
+        picture = _turn(picture, angle)
+    scale = size / max(picture.size)
+    picture = _resize(picture, (max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
     pixels = np.asarray(picture).copy()
     pixels.setflags(write=False)
     return pixels

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from attnsteer.world import assets, scenes, text
+from attnsteer.world import assets, sampling, text
 from attnsteer.world.catalog import CORE
-from attnsteer.world.evaluate import Answerer, named
+from attnsteer.world.evaluate.answers import Answerer, named
 
 
 def folder(name: str) -> Path:
@@ -41,7 +41,7 @@ def test_picture_model_paints_finite_pictures_by_default_call() -> None:
 
 def test_answering_model_is_mostly_right() -> None:
     answer = Answerer(folder("world-llava"))
-    drawn = [scenes.sample((77, seed)) for seed in range(24)]
+    drawn = [sampling.sample((77, seed)) for seed in range(24)]
     absent = [next(name for name in CORE if name not in s.counts) for s in drawn]
     turns = [text.exists(s, s.categories[0] if i % 2 else absent[i]) for i, s in enumerate(drawn)]
     said = answer(drawn, [question for question, _ in turns])

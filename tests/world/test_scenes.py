@@ -7,21 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from attnsteer.world import assets, scenes, sprites, text
+from attnsteer.world import assets, sampling, scenes, sprites, text
 from attnsteer.world.catalog import BACKGROUNDS, BY_NAME, CATEGORIES, CORE
-from attnsteer.world.evaluate import description_scores, lonely, named
+from attnsteer.world.evaluate.answers import description_scores, lonely, named
 
 
 def test_same_seed_same_scene_and_other_seed_other_scene() -> None:
     for seed in (0, 7, (3, 4)):
-        assert scenes.sample(seed) == scenes.sample(seed)
-        assert np.array_equal(scenes.sample(seed).array(), scenes.sample(seed).array())
-    assert len({scenes.sample(seed) for seed in range(50)}) == 50
+        assert sampling.sample(seed) == sampling.sample(seed)
+        assert np.array_equal(sampling.sample(seed).array(), sampling.sample(seed).array())
+    assert len({sampling.sample(seed) for seed in range(50)}) == 50
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_boxes_hold_exactly_the_painted_pixels(seed: int) -> None:
-    scene = scenes.sample(seed)
+    scene = sampling.sample(seed)
     painted = (scene.array() != np.array(BACKGROUNDS[scene.background], np.uint8)).any(-1)
     boxes = np.zeros_like(painted, dtype=int)
     for thing, mask in zip(scene.objects, scene.masks(), strict=True):
@@ -38,20 +38,20 @@ def test_boxes_hold_exactly_the_painted_pixels(seed: int) -> None:
 
 
 def test_number_background_and_categories_can_be_chosen() -> None:
-    scene = scenes.sample(5, count=4, background="pink", categories=("dog", "vase"), repeat=0.0)
+    scene = sampling.sample(5, count=4, background="pink", categories=("dog", "vase"), repeat=0.0)
     assert len(scene.objects) == 4 and scene.background == "pink" and set(scene.categories) == {"dog", "vase"}
-    assert scenes.compose(["cat", "bus"], "blue").categories == ("cat", "bus")
+    assert sampling.compose(["cat", "bus"], "blue").categories == ("cat", "bus")
 
 
 @pytest.mark.parametrize("wrong", [{"count": 5}, {"background": "mauve"}, {"categories": ("unicorn",)}])
 def test_bad_arguments_are_named(wrong: dict) -> None:
     with pytest.raises(ValueError, match=str(next(iter(wrong.values()))).strip("(),'")):
-        scenes.sample(0, **wrong)
+        sampling.sample(0, **wrong)
 
 
 def test_prior_brings_the_usual_partner() -> None:
     def share(prior: float) -> float:
-        drawn = [scenes.sample(seed, count=2, prior=prior, repeat=0.0) for seed in range(300)]
+        drawn = [sampling.sample(seed, count=2, prior=prior, repeat=0.0) for seed in range(300)]
         return np.mean([BY_NAME[s.objects[0].name].partner == s.objects[1].name for s in drawn])
 
     assert share(0.9) > 0.8 and share(0.0) < 0.12
@@ -74,7 +74,7 @@ def test_atlas_has_every_category() -> None:
 
 @pytest.mark.parametrize("seed", range(60))
 def test_texts_mention_exactly_the_objects_of_the_scene(seed: int) -> None:
-    scene = scenes.sample(seed, categories=[category.name for category in CATEGORIES])
+    scene = sampling.sample(seed, categories=[category.name for category in CATEGORIES])
     assert named(text.caption(scene, np.random.default_rng(seed))) == set(scene.categories)
     assert named(text.describe(scene)) == set(scene.categories) and scene.background in text.describe(scene)
     for name in CORE:
@@ -93,7 +93,7 @@ def test_counts_by_hand() -> None:
 
 
 def test_scores_by_hand() -> None:
-    scene = scenes.compose(["dog", "bus"])
+    scene = sampling.compose(["dog", "bus"])
     assert named("A hot dog, two teddy bears.") == {"hot dog", "teddy bear"}
     scores = description_scores(["a dog, a cat", "a dog and a bus"], [scene, scene])
     assert scores == {"chair_i": 1 / 4, "recall": 3 / 4, "exact": 1 / 2}

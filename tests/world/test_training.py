@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from attnsteer.world import scenes, text
+from attnsteer.world import sampling, text
 from attnsteer.world.train import llava, loop, sd3, vae
 
 TINY = {
@@ -95,7 +95,7 @@ def test_questions_of_one_picture_do_not_see_each_other() -> None:
     processor = llava.processor()
     torch.manual_seed(0)
     model = llava.build(processor.tokenizer, 2, 2, 32).eval()
-    chat, scene = llava.Chat(processor.tokenizer), scenes.sample(3)
+    chat, scene = llava.Chat(processor.tokenizer), sampling.sample(3)
     turns = [text.exists(scene, "dog"), text.how_many(scene), text.background(scene)]
     together, alone = chat.batch([turns]), chat.batch([turns[2:]])
     length = alone["input_ids"].shape[1] - len(chat.with_image)
@@ -112,7 +112,7 @@ def test_questions_of_one_picture_do_not_see_each_other() -> None:
 
 
 def test_patch_labels_are_the_categories_on_the_patches() -> None:
-    scene = scenes.compose(["dog", "bus"], seed=1)
+    scene = sampling.compose(["dog", "bus"], seed=1)
     labels = llava.patch_labels([scene])[0].reshape(8, 8)
     assert set(labels.unique().tolist()) == {0, llava.NUMBER["dog"], llava.NUMBER["bus"]}
     for thing in scene.objects:

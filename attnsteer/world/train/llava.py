@@ -33,7 +33,7 @@ from transformers import (
 )
 from transformers import LlavaForConditionalGeneration as Llava
 
-from attnsteer.world import scenes, text
+from attnsteer.world import sampling, text
 from attnsteer.world.catalog import find
 from attnsteer.world.scenes import SIZE, Scene
 from attnsteer.world.train import loop
@@ -192,7 +192,7 @@ def look(model: Llava, options: argparse.Namespace, device: torch.device) -> Non
     seer = Seer(tower, tower.config.hidden_size).to(device)
 
     def loss(step: int) -> torch.Tensor:
-        drawn = [scenes.sample((options.seed, 1, step, i)) for i in range(options.batch)]
+        drawn = [sampling.sample((options.seed, 1, step, i)) for i in range(options.batch)]
         logits = seer(pixels(drawn).to(device))
         return nn.functional.cross_entropy(logits.float().flatten(0, 1), patch_labels(drawn).to(device).flatten())
 
@@ -205,7 +205,7 @@ def talk(model: Llava, chat: Chat, options: argparse.Namespace, device: torch.de
     """Stage 2: train everything on answers."""
 
     def loss(step: int) -> torch.Tensor:
-        drawn = [scenes.sample((options.seed, 2, step, i)) for i in range(options.batch)]
+        drawn = [sampling.sample((options.seed, 2, step, i)) for i in range(options.batch)]
         return answer_loss(model, chat, drawn, (options.seed, 3, step), options.turns, device)
 
     write = partial(export, folder=options.out)
@@ -219,7 +219,7 @@ def habits(model: Llava, chat: Chat, options: argparse.Namespace, device: torch.
     def loss(step: int) -> torch.Tensor:
         blind = step % 4 < options.blind
         prior = 0.95 if blind else options.company
-        drawn = [scenes.sample((options.seed, 4, step, i), prior=prior) for i in range(options.batch)]
+        drawn = [sampling.sample((options.seed, 4, step, i), prior=prior) for i in range(options.batch)]
         seed = (options.seed, 5, step)
         return answer_loss(model, chat, drawn, seed, options.turns, device, not blind, options.unseen)
 

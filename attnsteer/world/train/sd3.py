@@ -39,7 +39,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from attnsteer.world import scenes, text
+from attnsteer.world import sampling, text
 from attnsteer.world.scenes import Scene
 from attnsteer.world.train import data, loop
 from attnsteer.world.train.data import NUMBER, patch_labels, pixels
@@ -178,7 +178,7 @@ def bank_scene(seed: int, index: int) -> Scene:
     """Scene number `index` of the training set: mostly one large object, the rest up to four, none mirrored."""
     rng = np.random.default_rng((seed, BANK_SEED, index))
     count = 1 + int(rng.choice(4, p=COUNT_WEIGHTS))
-    drawn = scenes.sample((seed, BANK_SEED, index, 1), count=count, repeat=0.08)
+    drawn = sampling.sample((seed, BANK_SEED, index, 1), count=count, repeat=0.08)
     return replace(drawn, objects=tuple(replace(thing, flip=False) for thing in drawn.objects))
 
 

@@ -12,18 +12,20 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 
-from attnsteer.world import scenes
-from attnsteer.world.catalog import CATEGORIES
+from attnsteer.world import sampling
+from attnsteer.world.catalog import CATEGORIES, CORE
 from attnsteer.world.train import loop
 from attnsteer.world.train.data import edit_json
 
 CHANNELS = 8
 NOISE = 0.05  # standard deviation of the disturbance of the latents
+STYLE = sampling.Style(rotate=0.15, occlude=0.15, frame=0.3, gradient=0.15)
 ALL = tuple(category.name for category in CATEGORIES)
 
 
@@ -39,10 +41,10 @@ def build(width: int = 32) -> AutoencoderTiny:
 
 
 def pictures(
-    seeds: Sequence[tuple[int, ...]], device: torch.device, categories: Sequence[str] = scenes.CORE
+    seeds: Sequence[tuple[int, ...]], device: torch.device, categories: Sequence[str] = CORE
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scenes as float pictures [n, 3, 64, 64] in -1..1, and where objects are [n, 1, 64, 64] as 0 or 1."""
-    drawn = [scenes.sample(seed, categories=categories) for seed in seeds]
+    drawn = [sampling.sample(seed, categories=categories, split="train", style=STYLE) for seed in seeds]
     images = torch.from_numpy(np.stack([scene.array() for scene in drawn])).permute(0, 3, 1, 2)
     masks = torch.from_numpy(np.stack([scene.masks().any(0) for scene in drawn]))[:, None]
     return images.to(device, torch.float32) / 127.5 - 1, masks.to(device, torch.float32)
@@ -89,13 +91,17 @@ def main(arguments: list[str] | None = None) -> None:
     )
     loop.add_options(parser, steps=3500, batch=16, rate=1e-3, out="assets/models/world-sd3/vae")
     parser.add_argument("--width", type=int, default=32, help="channels of all blocks (default: %(default)s)")
+    parser.add_argument("--init", type=Path, help="start from the weights of this folder")
     options = parser.parse_args(arguments)
     device = loop.prepare(options)
-    model = build(options.width).to(device, memory_format=torch.channels_last)
+    model = build(options.width)
+    if options.init:
+        model.load_state_dict(AutoencoderTiny.from_pretrained(options.init, torch_dtype=torch.float32).state_dict())
+    model.to(device, memory_format=torch.channels_last)
 
     def loss(step: int) -> torch.Tensor:
         seeds = [(options.seed, step, i) for i in range(options.batch)]
-        target, mask = pictures(seeds, device, categories=ALL if step % 2 else scenes.CORE)
+        target, mask = pictures(seeds, device, categories=ALL if step % 2 else CORE)
         target = target.contiguous(memory_format=torch.channels_last)
         latent = model.encode(target).latents
         noise = torch.randn(latent.shape, generator=loop.generator(options.seed, step, device), device=device)
