@@ -17,6 +17,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from attnsteer.world.train.muon import Muon
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -33,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser, *, steps: int, batch: int, rate
     add("--seed", type=int, default=0, help="everything random follows from it (default: %(default)s)")
     add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     add("--threads", type=int, default=0, help="CPU threads (default: torch's own choice)")
-    add("--float32", action="store_true", help="no bfloat16 autocast")
+    add("--float32", action="store_true", help="no bfloat16 autocast: faster on CPUs without avx512_bf16 or amx")
     add("--compile", action="store_true", help="use torch.compile (needs a C++ compiler on CPU)")
     add("--resume", action="store_true", help="go on from the last checkpoint of --run, if there is one")
     add("--save-every", type=int, default=500, help="steps between checkpoints (default: %(default)s)")
@@ -66,12 +68,9 @@ def generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch
 def optimizers(
     model: nn.Module, options: argparse.Namespace, weight_decay: float, blocks: Sequence[str]
 ) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon for the weight matrices of modules whose name contains one of `blocks`.
-
-    Muon (K. Jordan, 2024) orthogonalises the momentum of each matrix; its steps are scaled so that one rate fits both.
-    """
+    """AdamW, and Muon for the matrices and convolutions of modules whose name contains one of `blocks`."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    inner = [p for name, p in trained if p.ndim == 2 and any(part in name for part in blocks) and "norm" not in name]
+    inner = [p for name, p in trained if p.ndim >= 2 and any(part in name for part in blocks) and "norm" not in name]
     taken = {id(p) for p in inner}
     rest = [p for _, p in trained if id(p) not in taken]
     groups = [
@@ -80,8 +79,7 @@ def optimizers(
     ]
     found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=options.rate, betas=(0.9, 0.95), fused=True)]
     if inner:
-        muon = torch.optim.Muon(inner, lr=options.rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        found.append(muon)
+        found.append(Muon(inner, lr=options.rate, weight_decay=weight_decay))
     return found
 
 
