@@ -63,7 +63,7 @@ def split_of_scene(scene: Scene) -> str:
     return SPLITS[max((SPLITS.index(split_of(a, b)) for a, b in combinations(scene.categories, 2)), default=0)]
 
 
-def stream(split: str, count: int, seed: int = 0, **options: Any) -> Iterator[Scene]:
+def stream(split: str, count: int, /, seed: int = 0, **options: Any) -> Iterator[Scene]:
     """`count` scenes of a split; `options` go to `sample`."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; choose {', '.join(SPLITS)}.")

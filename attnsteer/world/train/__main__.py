@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("vae", "sd3", "llava")
+NAMES = ("vae", "sd", "sd3", "flux", "llava", "judge")
 USAGE = f"""usage: python -m attnsteer.world.train {{{",".join(NAMES)}}} [options]
 
   python -m attnsteer.world.train vae --help
