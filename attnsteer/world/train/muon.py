@@ -1,10 +1,10 @@
 """Muon (K. Jordan and others, 2024): momentum whose matrices are made orthogonal before each step.
 
 Momentum m <- b m + (1 - b) g; Nesterov's look-ahead u = (1 - b) g + b m; five Newton-Schulz steps turn u into (nearly)
-U V^T of its singular value decomposition; w <- w - 0.2 sqrt(max(rows, columns)) rate U V^T, so that a rate chosen for AdamW
-fits. torch.optim.Muon does the Newton-Schulz steps in bfloat16 always, which is thirty times slower on a CPU without
-bfloat16 instructions; here they keep the type of the weights, and matrices of one shape go together. Weights with more
-than two dimensions (convolutions) count as matrices [outputs, the rest].
+U V^T of its singular value decomposition; w <- w - 0.2 sqrt(max(rows, columns)) rate U V^T, so that a rate chosen for
+AdamW fits. torch.optim.Muon does the Newton-Schulz steps in bfloat16 always, which is thirty times slower on a CPU
+without bfloat16 instructions; here they keep the type of the weights, and matrices of one shape go together. Weights
+with more than two dimensions (convolutions) count as matrices [outputs, the rest].
 """
 
 from __future__ import annotations
@@ -51,11 +51,12 @@ class Muon(torch.optim.Optimizer):
         keep = group["momentum"]
         ahead = []
         for weight in weights:
-            state = self.state[weight]
+            state, gradient = self.state[weight], weight.grad
+            assert gradient is not None
             if not state:
                 state["momentum"] = torch.zeros_like(weight)
-            state["momentum"].lerp_(weight.grad, 1 - keep)
-            ahead.append(weight.grad.lerp(state["momentum"], keep).reshape(shape))
+            state["momentum"].lerp_(gradient, 1 - keep)
+            ahead.append(gradient.lerp(state["momentum"], keep).reshape(shape))
         steps = orthogonal(torch.stack(ahead))
         size = 0.2 * max(shape) ** 0.5 * group["lr"]
         for weight, step in zip(weights, steps, strict=True):

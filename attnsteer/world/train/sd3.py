@@ -1,19 +1,15 @@
-"""Train the picture model: a StableDiffusion3Pipeline, MMDiT of 8 blocks, with its own two small CLIP text encoders.
+"""Train the picture model: a StableDiffusion3Pipeline, MMDiT of 6 blocks, with its own two small CLIP text encoders.
 
 Rectified flow (Esser et al., 2024, arXiv:2403.03206): x_s = (1 - s) x + s e with Gaussian e, s from the logistic-normal
-distribution; the transformer learns e - x at timestep 1000 s, jointly with the text encoders. A tenth of the captions
-is empty, for classifier-free guidance.
+distribution; the transformer learns e - x at timestep 1000 s, jointly with the text encoders.
 
 The pipeline's loader insists on a T5 encoder. Ours is a placeholder of one tiny layer whose final norm has weight 0, so
 it gives what the pipeline puts there without one: `max_sequence_length` (default 256) all-zero text tokens. n equal
 tokens are worth one token with log n added to its attention logits, in every layer: training uses one, with n drawn
 from 1..256, and the model works with any number.
 
-Because the world knows what is where, the block in the middle also learns, through a throwaway linear head, which
-category each patch of the clean picture shows; text and shapes meet early (the idea of REPA, arXiv:2410.06940).
-
     python -m attnsteer.world.train vae --steps 3500 --threads 2
-    python -m attnsteer.world.train sd3 --steps 4250 --decay 0.35 --threads 1 --compile --resume --save-every 250
+    python -m attnsteer.world.train sd3 --threads 1 --float32 --resume
     python -m attnsteer.world.train sd3 --steps 60000 --batch 256 --device cuda
 """
 
@@ -21,43 +17,22 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.models.attention_processor import Attention
 from torch import nn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-)
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from attnsteer.world import sampling, text
-from attnsteer.world.scenes import Scene
-from attnsteer.world.train import data, loop
-from attnsteer.world.train.data import NUMBER, patch_labels, pixels
+from attnsteer.world import text
+from attnsteer.world.train import loop, pictures
+from attnsteer.world.train.data import NUMBER
+from attnsteer.world.train.pictures import Bank
 from attnsteer.world.train.vae import CHANNELS
 
-TEXT_LENGTH = 20  # tokens of a caption with its start and end
 TEXT_WIDTHS = (128, 64)  # of the two encoders
 ZERO_TOKENS = (1, 4, 16, 64, 256, 256)  # how many all-zero tokens the pipeline may append
-COUNT_WEIGHTS = (0.58, 0.3, 0.07, 0.05)  # scenes with 1, 2, 3, 4 objects
-DROP = 0.1  # captions left out
-PATCH_WEIGHT = 0.1  # of the loss of the middle block
-BANK_SEED = 1_000_003
-
-
-def tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer with the words of the world."""
-    vocabulary, merges = text.clip_vocabulary()
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TEXT_LENGTH)
 
 
 def placeholder() -> tuple[T5EncoderModel, T5Tokenizer]:
@@ -72,24 +47,10 @@ def placeholder() -> tuple[T5EncoderModel, T5Tokenizer]:
 class Painter(nn.Module):
     """All that is trained: the transformer and both text encoders."""
 
-    def __init__(self, vocabulary: int, blocks: int = 8, heads: int = 6, head_dim: int = 28) -> None:
+    def __init__(self, vocabulary: int, blocks: int = 6, heads: int = 6, head_dim: int = 24) -> None:
         super().__init__()
-        ends = {"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1, "pad_token_id": vocabulary - 1}
         self.encoders = nn.ModuleList(
-            CLIPTextModelWithProjection(
-                CLIPTextConfig(
-                    vocab_size=vocabulary,
-                    hidden_size=width,
-                    intermediate_size=4 * width,
-                    projection_dim=width,
-                    num_hidden_layers=3,
-                    num_attention_heads=width // 32,
-                    max_position_embeddings=TEXT_LENGTH,
-                    hidden_act="gelu",
-                    **ends,
-                )
-            )
-            for width in TEXT_WIDTHS
+            CLIPTextModelWithProjection(pictures.clip_config(vocabulary, width)) for width in TEXT_WIDTHS
         )
         self.transformer = SD3Transformer2DModel(
             sample_size=16,
@@ -119,9 +80,7 @@ class Painter(nn.Module):
         for name, parameter in self.transformer.named_parameters():
             if ("norm" in name and ".linear." in name) or name.startswith("proj_out"):
                 nn.init.zeros_(parameter)
-        for name, parameter in self.encoders.named_parameters():
-            if "embedding.weight" in name:
-                nn.init.normal_(parameter, std=0.1 if "token_embedding" in name else 0.05)
+        pictures.spread_embeddings(self.encoders)
 
     def forward(
         self, latents: torch.Tensor, timestep: torch.Tensor, tokens: torch.Tensor, zeros: torch.Tensor
@@ -174,37 +133,6 @@ class BiasedAttention:
         return attn.to_out[0](image), words
 
 
-def bank_scene(seed: int, index: int) -> Scene:
-    """Scene number `index` of the training set: mostly one large object, the rest up to four, none mirrored."""
-    rng = np.random.default_rng((seed, BANK_SEED, index))
-    count = 1 + int(rng.choice(4, p=COUNT_WEIGHTS))
-    drawn = sampling.sample((seed, BANK_SEED, index, 1), count=count, repeat=0.08)
-    return replace(drawn, objects=tuple(replace(thing, flip=False) for thing in drawn.objects))
-
-
-@torch.no_grad()
-def bank(vae: AutoencoderTiny, size: int, options: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """`size` scenes, encoded once and kept in the run's folder.
-
-    Returns latents, normalised, float16 [size, 8, 16, 16], and labels of the patches, uint8 [size, 64].
-    """
-    file = options.run / f"bank-{size}-{options.seed}.pt"
-    if file.exists():
-        return torch.load(file, weights_only=True)
-    vae = vae.to(options.device).eval()
-    parts, labels = [], []
-    for first in range(0, size, 64):
-        drawn = [bank_scene(options.seed, first + i) for i in range(min(64, size - first))]
-        images = pixels(drawn).to(options.device)
-        labels.append(patch_labels(drawn).to(torch.uint8))
-        with torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=not options.float32):
-            latents = vae.encode(images.contiguous(memory_format=torch.channels_last)).latents.float()
-        parts.append(((latents - vae.config.shift_factor) * vae.config.scaling_factor).half().cpu())
-    everything = {"latents": torch.cat(parts), "labels": torch.cat(labels)}
-    torch.save(everything, file)
-    return everything
-
-
 def export(model: Painter, vae: AutoencoderTiny, words: CLIPTokenizer, folder: Path) -> None:
     """Write the pipeline's folder: float16 weights that load as float32."""
     fresh = Painter(len(words), *(model.transformer.config[key] for key in SHAPE))
@@ -223,14 +151,7 @@ def export(model: Painter, vae: AutoencoderTiny, words: CLIPTokenizer, folder: P
         tokenizer_3=third_words,
     )
     pipe.save_pretrained(folder)
-    data.edit_json(folder / "vae" / "config.json", block_out_channels=None)  # the class derives it
-    vocabulary, merges = text.clip_vocabulary()
-    for part in ("", "_2", "_3"):
-        data.edit_json(folder / f"text_encoder{part}" / "config.json", dtype="float32")
-    for part in ("", "_2"):
-        place = folder / f"tokenizer{part}"
-        (place / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
-        (place / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    pictures.finish(folder, ["tokenizer", "tokenizer_2"])
 
 
 SHAPE = ("num_layers", "num_attention_heads", "attention_head_dim")
@@ -243,12 +164,11 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    loop.add_options(made, steps=4250, batch=48, rate=1.5e-3, out="assets/models/world-sd3")
-    made.add_argument("--vae", type=Path, help="folder of the trained autoencoder (default: vae/ of --out)")
-    made.add_argument("--bank", type=int, default=40000, help="number of scenes encoded once (default: %(default)s)")
-    made.add_argument("--blocks", type=int, default=8, help="transformer blocks (default: %(default)s)")
+    loop.add_options(made, steps=4000, batch=48, rate=1.5e-3, out="assets/models/world-sd3")
+    pictures.add_options(made)
+    made.add_argument("--blocks", type=int, default=6, help="transformer blocks (default: %(default)s)")
     made.add_argument("--heads", type=int, default=6, help="attention heads (default: %(default)s)")
-    made.add_argument("--head-dim", type=int, default=28, help="width of a head (default: %(default)s)")
+    made.add_argument("--head-dim", type=int, default=24, help="width of a head (default: %(default)s)")
     return made
 
 
@@ -256,36 +176,30 @@ def main(arguments: list[str] | None = None) -> None:
     """Train the picture model."""
     options = parser().parse_args(arguments)
     device = loop.prepare(options)
-    words = tokenizer()
+    words = pictures.tokenizer()
     model = Painter(len(words), options.blocks, options.heads, options.head_dim).to(device)
     model.transformer.set_attn_processor(BiasedAttention())
-    vae = AutoencoderTiny.from_pretrained(options.vae or options.out / "vae", torch_dtype=torch.float32)
-    known = bank(vae, options.bank, options)
-    latents = known["latents"]
+    bank = Bank(options)
     if options.compile:
         model.compile()
 
     def loss(step: int) -> torch.Tensor:
-        rng = np.random.default_rng((options.seed, step))
-        chosen = rng.integers(len(latents), size=options.batch)
-        captions = ["" if rng.random() < DROP else text.caption(bank_scene(options.seed, int(i)), rng) for i in chosen]
-        padded = words(captions, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt")
-        clean = latents[torch.from_numpy(chosen)].to(device, torch.float32)
-        source = loop.generator(options.seed, step)
-        noise = torch.randn(clean.shape, generator=source).to(device)
-        sigma = torch.randn(options.batch, generator=source).sigmoid().to(device)  # logistic-normal
-        zeros = torch.from_numpy(rng.choice(ZERO_TOKENS, size=options.batch)).to(device, torch.float32)
+        batch = bank.batch(step, options.batch)
+        padded = words(batch.captions, padding="max_length", truncation=True, return_tensors="pt")
+        noise = torch.randn(batch.latents.shape, generator=batch.source).to(device)
+        sigma = torch.randn(options.batch, generator=batch.source).sigmoid().to(device)  # logistic-normal
+        zeros = torch.from_numpy(batch.rng.choice(ZERO_TOKENS, size=options.batch)).to(device, torch.float32)
         at = sigma[:, None, None, None]
-        velocity, logits = model((1 - at) * clean + at * noise, 1000 * sigma, padded.input_ids.to(device), zeros)
-        labels = known["labels"][torch.from_numpy(chosen)].to(device, torch.long)
-        where = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
-        return (velocity.float() - (noise - clean)).square().mean() + PATCH_WEIGHT * where
+        mixed = (1 - at) * batch.latents + at * noise
+        velocity, logits = model(mixed, 1000 * sigma, padded.input_ids.to(device), zeros)
+        wrong = (velocity.float() - (noise - batch.latents)).square().mean()
+        return wrong + pictures.patch_loss(logits, batch.labels)
 
     loop.fit(
         model,
         loss,
         options,
-        export=lambda mean: export(mean, copy.deepcopy(vae), words, options.out),
+        export=lambda mean: export(mean, copy.deepcopy(bank.vae), words, options.out),
         blocks=("transformer_blocks",),
     )
 
