@@ -10,7 +10,7 @@ VARIABLE = "ATTNSTEER_ASSETS"
 CALLS: dict[str, dict[str, Any]] = {
     "StableDiffusionPipeline": {"guidance_scale": 4.0, "height": 64, "width": 64},
     "StableDiffusion3Pipeline": {"guidance_scale": 4.0, "max_sequence_length": 1},
-    "FluxPipeline": {"true_cfg_scale": 4.0, "height": 64, "width": 64},
+    "FluxPipeline": {"true_cfg_scale": 4.0, "height": 64, "width": 64, "max_sequence_length": 48},
 }
 """What a good picture of the shipped pipeline of each class takes. world-sd3's T5 encoder is a placeholder: one zero
 token does as well as 256, in less time."""
