@@ -97,7 +97,7 @@ def tables(scores: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _list(scores: Mapping[str, float]) -> str:
-    lines = [f"| {key} | {_percent(value) if value <= 1 else f'{value:g}'} |" for key, value in scores.items()]
+    lines = [f"| {key} | {_percent(value)} |" for key, value in scores.items() if value <= 1]  # no counts of scenes
     return "\n".join(["| what | % |", "|---|---|", *lines]) + "\n"
 
 

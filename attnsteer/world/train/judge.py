@@ -1,5 +1,7 @@
 """Train the judge on rendered scenes of all categories, blurred, noisy and tinted a little, as painted pictures are.
 
+Some objects are spoiled until they are none: jumbled, smeared, or noise. Nothing is to be seen there.
+
 Loss: cross-entropy of every cell's category and, where objects are, of the frame, plus the distance of the box. At the
 end the least number of cells and the least probability that make an object are chosen on validation scenes.
 
@@ -20,6 +22,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from attnsteer.world import sampling
+from attnsteer.world.catalog import CATEGORIES
 from attnsteer.world.judge import CELL, GRID, UNIT, Judge, Network, Settings
 from attnsteer.world.scenes import Scene
 from attnsteer.world.train import loop
@@ -27,6 +30,8 @@ from attnsteer.world.train.data import pixels
 
 COVERED = 0.25  # share of a cell that an object covers to own it; cells with less of one teach nothing
 IGNORE = -100
+CATEGORY = {category.name: index for index, category in enumerate(CATEGORIES)}
+SPOILED = 0.15  # share of scenes with a spoiled object
 STYLE = sampling.Style(rotate=0.3, occlude=0.25, frame=0.25, gradient=0.25)
 
 
@@ -45,7 +50,7 @@ def labels(drawn: Sequence[Scene], settings: Settings) -> tuple[torch.Tensor, to
         category[n][share.max(0) > 0] = IGNORE
         for index, thing in enumerate(scene.objects):
             own = (share.argmax(0) == index) & (share[index] >= COVERED)
-            category[n][own] = 1 + settings.categories.index(thing.name)
+            category[n][own] = 1 + CATEGORY[thing.name]
             frame[n][own] = settings.frames.index(thing.frame)
             left, top, right, bottom = thing.box
             distances = (middle - left, middle[:, None] - top, right - middle, bottom - middle[:, None])
@@ -71,14 +76,40 @@ def soften(pictures: torch.Tensor, source: torch.Generator) -> torch.Tensor:
     return (tinted + noise).clamp(-1, 1)
 
 
+def spoil(pictures: torch.Tensor, category: torch.Tensor, drawn: Sequence[Scene], source: torch.Generator) -> None:
+    """In some pictures, make one object unrecognisable, in place, and label its cells as showing none."""
+    for picture, label, scene in zip(pictures, category, drawn, strict=True):
+        draw, index, way = torch.rand(3, generator=source).tolist()
+        thing = scene.objects[int(index * len(scene.objects))]
+        left, top, right, bottom = thing.box
+        rows, columns = slice(top // CELL, -(-bottom // CELL)), slice(left // CELL, -(-right // CELL))
+        one = 1 + CATEGORY[thing.name]
+        if draw > SPOILED or not set(label[rows, columns].unique().tolist()) <= {0, IGNORE, one}:
+            continue
+        patch = picture[:, top:bottom, left:right]
+        height, width = patch.shape[1] // CELL, patch.shape[2] // CELL
+        if way < 0.5:  # blocks of 4 x 4 pixels in another order
+            whole = patch[:, : height * CELL, : width * CELL]
+            blocks = F.unfold(whole[None], CELL, stride=CELL)
+            blocks = blocks[..., torch.randperm(height * width, generator=source)]
+            whole.copy_(F.fold(blocks, whole.shape[1:], CELL, stride=CELL)[0])
+        elif way < 0.85:  # hardly more than a few blots of its colours
+            few = F.adaptive_avg_pool2d(patch, (max(2, height // 3), max(2, width // 3)))
+            patch.copy_(F.interpolate(few[None], patch.shape[1:], mode="bilinear")[0])
+        else:
+            patch.copy_(torch.rand(patch.shape, generator=source) * 2 - 1)
+        label[rows, columns] = torch.where(label[rows, columns] == one, 0, label[rows, columns])
+
+
 def cell_loss(outputs: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> torch.Tensor:
     """Cross-entropies of category and frame, and the error of the sides where objects are; all means over cells."""
     category, frame, sides = outputs
     there = (wanted[0] > 0)[:, None].expand_as(sides)
+    frames = torch.where(wanted[0] > 0, wanted[1], IGNORE)
     weight = torch.ones(category.shape[1], device=category.device)
     weight[0] = 0.5  # half of all cells show none
     what = F.cross_entropy(category.float(), wanted[0], weight, ignore_index=IGNORE)
-    framed = F.cross_entropy(frame.float(), wanted[1], ignore_index=IGNORE)
+    framed = F.cross_entropy(frame.float(), frames, ignore_index=IGNORE)
     where = F.smooth_l1_loss(sides.float()[there], wanted[2][there], beta=0.1)
     return what + 0.3 * framed + 0.5 * where
 
@@ -125,8 +156,9 @@ def main(arguments: list[str] | None = None) -> None:
     def loss(step: int) -> torch.Tensor:
         seeds = [(options.seed, 31, step, i) for i in range(options.batch)]
         drawn = [sampling.sample(s, categories=settings.categories, split="train", style=STYLE) for s in seeds]
-        pictures = soften(pixels(drawn), loop.generator(options.seed, step)).to(device)
-        wanted = [label.to(device) for label in labels(drawn, settings)]
+        source, pictures, wanted = loop.generator(options.seed, step), pixels(drawn), labels(drawn, settings)
+        spoil(pictures, wanted[0], drawn, source)
+        pictures, wanted = soften(pictures, source).to(device), tuple(label.to(device) for label in wanted)
         return cell_loss(model(pictures.contiguous(memory_format=torch.channels_last)), wanted)
 
     loop.fit(
