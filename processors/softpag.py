@@ -24,6 +24,7 @@ over-saturate. SD3 runs use w = 3, FLUX runs w = 8 (which distilled guidance tho
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -34,6 +35,7 @@ from attnsteer.edits import ArgmaxValue, Edit, MeanQuery, MeanValue, Mix, OwnVal
 from attnsteer.errors import SteeringError
 from attnsteer.processor import Processor, check_choice, check_number
 from attnsteer.site import Kind, Site
+from attnsteer.where import Steps
 
 Variant = Literal["full", "image_logit", "image_only", "image_renorm"]
 
@@ -99,6 +101,31 @@ class SoftPAG(Processor):
             reasons.append(f"region={self.region!r} is defined for target='mean_query' only, not for {self.target!r}.")
         if reasons:
             raise SteeringError(reasons)
+
+    @classmethod
+    def from_search(
+        cls,
+        file: str | os.PathLike[str],
+        top: int | None = None,
+        *,
+        strength: float = 0.5,
+        scale: float = 3.0,
+        steps: Steps = "all",
+    ) -> SoftPAG:
+        """SoftPAG on the heads that a search found (``heads.json`` of ``attnsteer search``).
+
+        Args:
+            file: the selection.
+            top: take the first so many heads (default: all).
+            strength, scale: u and w; the paper searches at u = 1 and then lowers u.
+            steps: as in ``Where``.
+
+        Raises:
+            SteeringError: no selection there, or not so many heads in it.
+        """
+        from attnsteer.search.selection import Selection
+
+        return cls(Selection.load(file).where(top, steps), strength=strength, scale=scale)
 
     @property
     def token_agnostic(self) -> bool:

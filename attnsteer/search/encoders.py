@@ -1,0 +1,118 @@
+"""What built-in objectives rest on: embeddings of transformers' CLIP models, and the head of an aesthetic predictor."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import SteeringError
+
+T = TypeVar("T")
+
+
+class Encoders:
+    """Normalised embeddings of a CLIP model in float32; each text is encoded once.
+
+    Args:
+        checkpoint: folder or hub id of the model.
+        processor: folder or hub id of its tokenizer and picture preprocessing.
+        device: where it runs.
+    """
+
+    def __init__(self, checkpoint: str, processor: str, device: Any = "cpu"):
+        self.checkpoint, self.processor, self.device = str(checkpoint), str(processor), str(device)
+        self._texts: dict[str, Tensor] = {}
+
+    @property
+    def scale(self) -> float:
+        """The factor on cosines that the model learned."""
+        return float(self._loaded[0].logit_scale.detach().exp())
+
+    @torch.no_grad()
+    def images(self, pictures: Sequence[Any]) -> Tensor:
+        """``(n, width)``"""
+        model, processor = self._loaded
+        pixels = processor(images=[p.convert("RGB") for p in pictures], return_tensors="pt").to(self.device)
+        pooled = model.vision_model(pixel_values=pixels["pixel_values"]).pooler_output
+        return F.normalize(model.visual_projection(pooled).float(), dim=-1)
+
+    @torch.no_grad()
+    def texts(self, given: Sequence[str]) -> Tensor:
+        """``(n, width)``; longer texts are cut."""
+        model, processor = self._loaded
+        for text in dict.fromkeys(given):
+            if text not in self._texts:
+                limit = model.config.text_config.max_position_embeddings
+                tokens = processor(text=[text], truncation=True, max_length=limit, return_tensors="pt").to(self.device)
+                pooled = model.text_model(**tokens).pooler_output
+                self._texts[text] = F.normalize(model.text_projection(pooled).float(), dim=-1)[0]
+        return torch.stack([self._texts[text] for text in given])
+
+    @property
+    def _loaded(self) -> tuple[Any, Any]:
+        return _load(self.checkpoint, self.processor, self.device)
+
+
+@lru_cache(maxsize=4)
+def _load(checkpoint: str, processor: str, device: str) -> tuple[Any, Any]:
+    """Objectives with the same model share it."""
+    from transformers import CLIPModel, CLIPProcessor
+
+    model = _readable(checkpoint, lambda: CLIPModel.from_pretrained(checkpoint, dtype=torch.float32))
+    return model.to(device).eval(), _readable(processor, lambda: CLIPProcessor.from_pretrained(processor))
+
+
+def affine_head(source: str) -> tuple[Tensor, Tensor]:
+    """Linear layers without activations between them as one: weight ``(width,)`` and bias, in float64."""
+    state = _readable(source, lambda: _state(source))
+    found = [re.fullmatch(r"layers\.(\d+)\.weight", name) for name in state]
+    numbers = sorted(int(match[1]) for match in found if match)
+    if not numbers:
+        raise SteeringError(f"{source!r} holds no aesthetic predictor: wanted are weights called layers.0.weight, ...")
+    weight: Tensor = torch.eye(state[f"layers.{numbers[0]}.weight"].shape[1], dtype=torch.float64)
+    bias = torch.zeros(weight.shape[0], dtype=torch.float64)
+    for number in numbers:
+        layer, offset = (state[f"layers.{number}.{part}"].double() for part in ("weight", "bias"))
+        weight, bias = layer @ weight, layer @ bias + offset
+    if weight.shape[0] != 1:
+        raise SteeringError(f"{source!r} predicts {weight.shape[0]} numbers: an aesthetic predictor has one.")
+    return weight[0], bias[0]
+
+
+def _state(source: str) -> Mapping[str, Tensor]:
+    from safetensors.torch import load_file
+
+    file = Path(source).expanduser()
+    if file.is_dir():
+        file = file / "model.safetensors"
+    elif not file.is_file():
+        from huggingface_hub import hf_hub_download
+
+        file = Path(hf_hub_download(source, "model.safetensors"))
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _readable(source: str, read: Callable[[], T]) -> T:
+    """The result of ``read``; what the libraries raise about files becomes one sentence."""
+    import pickle
+
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from safetensors import SafetensorError
+
+    kinds = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, HFValidationError, HfHubHTTPError)
+    try:
+        return read()
+    except SteeringError:
+        raise
+    except (*kinds, pickle.UnpicklingError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SteeringError(f"{source!r} cannot be loaded as part of an objective: {reason}") from error

@@ -1,0 +1,306 @@
+"""What a search maximises: callables from pictures and prompts to scores, and combinations of their means.
+
+Any ``(images, prompts) -> scores`` will do; it gets 8-bit PIL pictures with the full prompts, and gives one number a
+picture, higher is better. It must judge every picture by itself, since pictures come in any order and company.
+
+    Clip, PickScore, Aesthetic, HPS     transformers checkpoints, by folder or hub id
+    Judge                               the small world's judge, embedded
+    Harmonic([PickScore(), Clip()])     rank by the harmonic mean of the mean scores
+    Thresholded(Clip(), [(PickScore(), 20.0), (Aesthetic(), 6.0)])    rank by CLIP those whose means reach the others
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import CodeType
+from typing import Any
+
+from ..errors import SteeringError
+from ..plain import short
+from .encoders import Encoders, affine_head
+
+Columns = dict[str, list[float]]
+Given = Callable[[Sequence[Any], Sequence[str]], Any]
+
+
+class Objective:
+    """Base of all objectives: named scores for each picture, and how their means over all pictures rank a candidate.
+
+    Attributes:
+        settings: plain values on which the scores depend; scores under other settings are never reused.
+    """
+
+    settings: Mapping[str, Any] = {}
+
+    def __call__(self, images: Sequence[Any], prompts: Sequence[str]) -> Columns:
+        raise NotImplementedError
+
+    def rank(self, means: Mapping[str, float]) -> float | None:
+        """The score of a candidate; None where it fails a threshold."""
+        raise NotImplementedError
+
+
+class _Single(Objective):
+    """One number a picture."""
+
+    name = "score"
+
+    def __call__(self, images: Sequence[Any], prompts: Sequence[str]) -> Columns:
+        return {self.name: _numbers(self.measure(images, prompts), len(images), self.name)}
+
+    def measure(self, images: Sequence[Any], prompts: Sequence[str]) -> Any:
+        raise NotImplementedError
+
+    def rank(self, means: Mapping[str, float]) -> float | None:
+        return means[self.name]
+
+
+class Custom(_Single):
+    """Somebody's function. Where it depends on more than its code, its attribute ``settings`` says on what."""
+
+    def __init__(self, function: Given):
+        if not callable(function):
+            raise SteeringError(f"objective={short(function)} cannot be called: give (images, prompts) -> scores.")
+        self.function = function
+        named = function if hasattr(function, "__qualname__") else type(function)
+        self.name = str(getattr(function, "name", None) or getattr(named, "__name__", "score"))
+        code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+        self.settings = {
+            "callable": f"{named.__module__}.{named.__qualname__}",
+            "code": _digest(code).hexdigest()[:16] if code else None,
+            "settings": dict(getattr(function, "settings", {})),
+        }
+
+    def measure(self, images: Sequence[Any], prompts: Sequence[str]) -> Any:
+        return self.function(images, prompts)
+
+
+def objective_of(given: Objective | Given) -> Objective:
+    """An objective as it is, and any other callable as one."""
+    return given if isinstance(given, Objective) else Custom(given)
+
+
+# ---- transformers checkpoints ----------------------------------------------------------------------------------------
+class _TextImage(_Single):
+    """The agreement of a CLIP model's embeddings of prompt and picture."""
+
+    prefix = ""
+    factor: float | None = 1.0
+    """What the cosine is multiplied by; None: what the model learned (the exponential of its logit scale)."""
+
+    def __init__(self, checkpoint: str, processor: str | None = None, device: Any = "cpu"):
+        self.encoders = Encoders(checkpoint, processor or checkpoint, device)
+        self.settings = {"objective": self.name, "checkpoint": str(checkpoint), "processor": str(processor)}
+
+    def measure(self, images: Sequence[Any], prompts: Sequence[str]) -> Any:
+        cosine = (self.encoders.images(images) * self.encoders.texts([self.prefix + p for p in prompts])).sum(-1)
+        return (self.encoders.scale if self.factor is None else self.factor) * cosine
+
+
+class Clip(_TextImage):
+    """``100 <t, i>`` of CLIP; the prompt gets a prefix. About 15 to 40, the scale that ``Harmonic`` needs beside
+    PickScore.
+
+    Args:
+        checkpoint: a CLIP model of transformers; the paper's is ViT-L/14.
+        prefix: goes before each prompt.
+        device: where the model runs.
+    """
+
+    name = "clip"
+    factor = 100.0
+
+    def __init__(
+        self,
+        checkpoint: str = "openai/clip-vit-large-patch14",
+        prefix: str = "A photo that depicts ",
+        device: Any = "cpu",
+    ):
+        super().__init__(checkpoint, device=device)
+        self.prefix = prefix
+        self.settings = {**self.settings, "prefix": prefix}
+
+
+class PickScore(_TextImage):
+    """``exp(logit_scale) <t, i>`` of PickScore v1 (arXiv 2305.01569), about 18 to 24: the paper's objective."""
+
+    name = "pickscore"
+    factor = None
+
+    def __init__(
+        self,
+        checkpoint: str = "yuvalkirstain/PickScore_v1",
+        processor: str | None = None,
+        device: Any = "cpu",
+    ):
+        if processor is None and checkpoint == "yuvalkirstain/PickScore_v1":
+            processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+        super().__init__(checkpoint, processor, device)
+
+
+class HPS(_TextImage):
+    """``<t, i>`` of HPS v2 or v2.1 (arXiv 2306.09341), about 0.20 to 0.35; the versions are not comparable.
+
+    Args:
+        checkpoint: the ViT-H/14 weights in the format of transformers' CLIP; the published file is in another one.
+        processor: where the tokenizer and the picture preprocessing are, if not there.
+        device: where the model runs.
+    """
+
+    name = "hps"
+
+    def __init__(self, checkpoint: str, processor: str | None = None, device: Any = "cpu"):
+        super().__init__(checkpoint, processor, device)
+
+
+class Aesthetic(_Single):
+    """LAION's aesthetic predictor (v2, linearMSE): an affine map of CLIP ViT-L/14's picture embedding, about 4 to 7.
+
+    Args:
+        checkpoint: the CLIP model.
+        head: its linear layers without activations between, ``layers.0.weight`` and so on: a safetensors or pth file,
+            a folder with a ``model.safetensors``, or a hub id.
+        device: where the model runs.
+    """
+
+    name = "aesthetic"
+
+    def __init__(
+        self,
+        checkpoint: str = "openai/clip-vit-large-patch14",
+        head: str = "shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE",
+        device: Any = "cpu",
+    ):
+        self.encoders, self.head = Encoders(checkpoint, checkpoint, device), head
+        self.settings = {"objective": self.name, "checkpoint": str(checkpoint), "head": str(head)}
+        self._affine: Any = None
+
+    def measure(self, images: Sequence[Any], prompts: Sequence[str]) -> Any:
+        if self._affine is None:
+            self._affine = affine_head(self.head)
+        weight, bias = self._affine
+        return self.encoders.images(images).double().cpu() @ weight + bias
+
+
+# ---- the small world -------------------------------------------------------------------------------------------------
+class Judge(_Single):
+    """Whether the small world's judge sees what the prompt names, and nothing else: from -1 to 1.
+
+    The mean over the named categories of how sure the judge is of one (the mean of its four surest cells), less the
+    share of other categories among all that it sees.
+
+    Args:
+        folder: another judge than the embedded one.
+        device: where it runs.
+    """
+
+    name = "judge"
+    cells = 4
+
+    def __init__(self, folder: str | None = None, device: Any = "cpu"):
+        self.settings = {"objective": self.name, "folder": folder}
+        self._folder, self._device = folder, device
+        self._network: Any = None
+
+    def measure(self, images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
+        from attnsteer.world.judge import Judge as Network
+
+        self._network = self._network or Network.load(self._folder, self._device)
+        seen = self._network.cells(images)[1].astype(float)  # [n, 16, 16, categories + 1], 0: nothing there
+        found = seen.reshape(len(images), -1, seen.shape[-1])
+        return [self._one(cells, self._asked(prompt)) for cells, prompt in zip(found, prompts, strict=True)]
+
+    def _asked(self, prompt: str) -> list[int]:
+        from attnsteer.world.evaluate.answers import named
+
+        categories = self._network.settings.categories
+        asked = [1 + categories.index(name) for name in sorted(named(prompt)) if name in categories]
+        if not asked:
+            raise SteeringError(f"The judge of the small world knows nothing that is named in the prompt {prompt!r}.")
+        return asked
+
+    def _one(self, cells: Any, asked: list[int]) -> float:
+        surest = [sum(sorted(cells[:, category])[-self.cells :]) / self.cells for category in asked]
+        total, wanted = cells[:, 1:].sum(), cells[:, asked].sum()
+        return float(sum(surest) / len(asked) - (total - wanted) / max(total, self.cells))
+
+
+# ---- combinations ----------------------------------------------------------------------------------------------------
+class _Combined(Objective):
+    def __init__(self, parts: Sequence[Objective | Given]):
+        self.parts = list(map(objective_of, parts))
+        self.settings = {
+            "objective": type(self).__name__.lower(),
+            "parts": [dict(part.settings) for part in self.parts],
+        }
+
+    def __call__(self, images: Sequence[Any], prompts: Sequence[str]) -> Columns:
+        columns: Columns = {}
+        for part in self.parts:
+            for name, values in part(images, prompts).items():
+                if name in columns:
+                    raise SteeringError(f"Two parts of the objective are called {name!r}: each needs its own name.")
+                columns[name] = values
+        return columns
+
+
+class Harmonic(_Combined):
+    """Ranks by the harmonic mean of the parts' mean scores, ``2 p c / (p + c)`` for two. Their scales matter."""
+
+    def __init__(self, parts: Sequence[Objective | Given]):
+        if len(parts) < 2:
+            raise SteeringError("A harmonic mean needs two objectives or more.")
+        super().__init__(parts)
+
+    def rank(self, means: Mapping[str, float]) -> float | None:
+        values = [part.rank(means) for part in self.parts]
+        known = [value for value in values if value is not None]
+        if len(known) < len(values):
+            return None
+        # where it is not defined: its limit 0 or, so that more is still better, the worst part
+        return len(known) / sum(1 / value for value in known) if min(known) > 0 else min(known)
+
+
+class Thresholded(_Combined):
+    """Ranks by one objective those candidates whose means of others reach their thresholds; the rest is not taken."""
+
+    def __init__(self, by: Objective | Given, at_least: Sequence[tuple[Objective | Given, float]]):
+        for _, bound in at_least:
+            if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not math.isfinite(bound):
+                raise SteeringError(f"The threshold {bound!r} is no finite number.")
+        super().__init__([by, *(part for part, _ in at_least)])
+        self.bounds = [float(bound) for _, bound in at_least]
+
+    def rank(self, means: Mapping[str, float]) -> float | None:
+        first, *others = (part.rank(means) for part in self.parts)
+        passed = [value is not None and value >= bound for value, bound in zip(others, self.bounds, strict=True)]
+        return first if all(passed) else None
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+def _numbers(given: Any, count: int, name: str) -> list[float]:
+    """One finite float for each picture."""
+    values = given.tolist() if hasattr(given, "tolist") else given
+    if not isinstance(values, (list, tuple)) or len(values) != count:
+        raise SteeringError(
+            f"The objective {name!r} gave {short(given)} for {count} pictures: wanted is one number each."
+        )
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError):
+        raise SteeringError(f"The objective {name!r} gave {short(values)}: wanted is one number each.") from None
+    if not all(map(math.isfinite, numbers)):
+        wrong = next(value for value in numbers if not math.isfinite(value))
+        raise SteeringError(f"The objective {name!r} gave {wrong}: a search needs finite scores.")
+    return numbers
+
+
+def _digest(code: CodeType) -> Any:
+    """A hash of what a function does, the same in every process."""
+    digest = hashlib.sha256(code.co_code + repr(code.co_names).encode())
+    for constant in code.co_consts:
+        inner = isinstance(constant, CodeType)
+        digest.update(_digest(constant).digest() if inner else repr(constant).encode())
+    return digest

@@ -1,0 +1,146 @@
+"""Scores in a file, each as soon as it is known: lines of JSON that survive a kill at any moment.
+
+``scores-0.jsonl`` (one file for each process)::
+
+    {"run": "5f1c...", "settings": {...}}
+    {"run": "5f1c...", "set": [[3, 5]], "prompt": "a dog", "seed": 0, "scores": {"judge": 0.81}}
+
+``run`` is a hash of everything that a score depends on besides what stands in its line: lines of other settings are
+left alone and never used. A kill in the middle of a write leaves a torn last line, which the next start cuts off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import SteeringError
+from ..plain import short
+from .hunter import Heads
+from .selection import Head
+
+Scores = Mapping[str, float]
+
+
+class Key(NamedTuple):
+    """What was scored: the run's hash, the perturbed heads in the order of the model, the prompt and the seed."""
+
+    run: str
+    heads: Heads
+    prompt: str
+    seed: int
+
+
+def identity(settings: Mapping[str, Any]) -> str:
+    """A short hash of settings."""
+    text = json.dumps(settings, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Store:
+    """All scores known so far, of all processes; new ones go to the file of this process.
+
+    Args:
+        folder: where the files are; None keeps scores in memory only.
+        rank: number of this process.
+    """
+
+    def __init__(self, folder: Path | None, rank: int = 0):
+        self.folder = folder
+        self._known: dict[Key, Scores] = {}
+        self._runs: set[str] = set()
+        self._file: Any = None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = _opened(folder / f"scores-{rank}.jsonl")
+            self.reload()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._known
+
+    def __getitem__(self, key: Key) -> Scores:
+        return self._known[key]
+
+    def reload(self) -> None:
+        """Read what all processes have written."""
+        if self.folder is None:
+            return
+        for file in sorted(self.folder.glob("scores-*.jsonl")):
+            for key, scores in _lines(file):
+                self._known.setdefault(key, scores)
+
+    def begin(self, settings: Mapping[str, Any]) -> str:
+        """The hash of a run, after noting its settings."""
+        run = identity(settings)
+        if run not in self._runs:
+            self._runs.add(run)
+            self._write([{"run": run, "settings": settings}])
+        return run
+
+    def add(self, found: Sequence[tuple[Key, Scores]]) -> None:
+        """Keep scores, on the disk before this returns."""
+        self._write(
+            [{**key._asdict(), "set": key.heads, "scores": dict(scores)} for key, scores in found if key not in self]
+        )
+        for key, scores in found:
+            self._known.setdefault(key, scores)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self, entries: Sequence[dict[str, Any]]) -> None:
+        if self._file is None:
+            return
+        for entry in entries:
+            entry.pop("heads", None)
+        self._file.write(b"".join(json.dumps(entry, allow_nan=False).encode() + b"\n" for entry in entries))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _opened(file: Path) -> Any:
+    """A file to append whole lines to, for this process alone."""
+    opened = open(file, "a+b")  # noqa: SIM115 - closed by the store
+    try:
+        import fcntl
+    except ImportError:  # not on this system: nobody watches
+        pass
+    else:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            opened.close()
+            raise SteeringError(
+                f"Another search is writing to {str(file.parent)!r}: give each its own folder."
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+    opened.seek(0)
+    whole = opened.read()
+    if whole and not whole.endswith(b"\n"):
+        opened.truncate(whole.rfind(b"\n") + 1)
+    opened.seek(0, os.SEEK_END)
+    return opened
+
+
+def _lines(file: Path) -> Iterator[tuple[Key, Scores]]:
+    """Every score of a file; what stands behind its last end of line is still being written."""
+    whole = file.read_bytes()
+    for number, line in enumerate(whole[: whole.rfind(b"\n") + 1].splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+            if "settings" in entry:
+                continue
+            heads = tuple(Head(layer, head) for layer, head in entry["set"])
+            scores = {str(name): float(value) for name, value in entry["scores"].items()}
+            found = Key(str(entry["run"]), heads, str(entry["prompt"]), int(entry["seed"])), scores
+        except (ValueError, KeyError, TypeError, AttributeError):
+            shown = short(line.decode(errors="replace"))
+            raise SteeringError(f"{file}, line {number}: {shown} is no score: remove this line or the file.") from None
+        yield found
