@@ -1,10 +1,11 @@
 """``attend``: one attention call with edits, lowered onto fused kernels. No ``Nq x Nk`` map is ever built here.
 
-Three phases, one table each, keyed by the type of edit:
+Four phases, keyed by the type of edit:
 
-1. ``INPUTS``: q, k, v or the mask change before the user's kernel runs (``KeyBias`` on all queries);
+1. ``INPUTS``: q, k, v or the mask change before the user's kernel runs (``ClassMask``, ``KeyBias`` on all queries);
 2. ``ROWS``: single query rows of the kernel's output are recomputed (``KeyBias`` on the last query);
-3. ``OUTPUTS``: head outputs are mixed or scaled (``Mix``, ``Scale``).
+3. ``Segments``, all at once: keys of other rows join the softmax (``segments.py``);
+4. ``OUTPUTS``: head outputs are mixed or scaled (``Mix``, ``Scale``).
 
 A head that an edit leaves alone keeps its bits: the choice between edited and plain output is a ``torch.where`` on the
 weight, never an interpolation at 0 (which turns -0.0 into 0.0 and inf into nan). Weights are tensors all the way, so a
@@ -21,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import targets
-from .edits import ORDER, Edit, KeyBias, MeanValue, Mix, OwnValue, Scale
+from . import segments, targets
+from .classes import mask_classes
+from .edits import ORDER, ClassMask, Edit, KeyBias, MeanValue, Mix, OwnValue, RowKeys, Scale, Segments
 from .errors import SteeringError
 from .logits import compute_dtype, row_attention
 from .site import AttentionCall, expand_rows
@@ -48,18 +50,23 @@ def attend(call: AttentionCall, edits: Sequence[Edit]) -> Tensor:
     if reasons:
         raise SteeringError(reasons)
     output, steered = call.output, call
+    joining = [edit for edit in edits if isinstance(edit, Segments)]
     for edit in edits:
         if _is_input(edit):
             steered, touched = INPUTS[type(edit)](steered, edit)
             output = torch.where(touched, steered.output, output)
+        elif isinstance(edit, Segments):
+            if edit is joining[0]:
+                output = segments.add_segments(call, steered, output, joining)
         else:
             table = ROWS if type(edit) in ROWS else OUTPUTS
-            output = table[type(edit)](steered, output, edit)
+            lends = isinstance(edit, Mix) and isinstance(edit.target, RowKeys)  # what rows lend is not steered
+            output = table[type(edit)](call if lends else steered, output, edit)
     return output
 
 
 def _is_input(edit: Edit) -> bool:
-    return isinstance(edit, KeyBias) and edit.queries == "all"
+    return isinstance(edit, ClassMask) or (isinstance(edit, KeyBias) and edit.queries == "all")
 
 
 def _turn(edit: Edit) -> tuple[int, bool]:
@@ -74,6 +81,10 @@ def refusals(call: AttentionCall, edit: Edit) -> list[str]:
         return _shape_reasons(call, edit.weight.shape, (heads,), "Mix.weight") + targets.refusals(call, edit)
     if isinstance(edit, Scale):
         return _shape_reasons(call, edit.weight.shape, (heads,), "Scale.weight")
+    if isinstance(edit, Segments):
+        return _shape_reasons(call, edit.weight.shape, (heads,), "Segments.weight") + segments.refusals(call, edit)
+    if isinstance(edit, ClassMask):
+        return _shape_reasons(call, edit.weight.shape, (heads,), "ClassMask.weight") + _class_reasons(call, edit)
     reasons = _shape_reasons(call, edit.bias.shape[:-1], (1, heads), "KeyBias.bias")
     if edit.bias.shape[-1] != call.k.shape[2]:
         reasons.append(f"KeyBias.bias covers {edit.bias.shape[-1]} keys; {call.site.name!r} has {call.k.shape[2]}.")
@@ -89,6 +100,20 @@ def _shape_reasons(call: AttentionCall, shape: torch.Size, heads: tuple[int, ...
         f"{name} starts with shape {tuple(shape)}; at {call.site.name!r} give (rows, {allowed}), where rows divides "
         f"the batch of {batch}."
     ]
+
+
+def _class_reasons(call: AttentionCall, edit: ClassMask) -> list[str]:
+    found = (tuple(edit.classes.q_class.shape), tuple(edit.classes.k_class.shape))
+    sizes, rows = (call.q.shape[2], call.k.shape[2]), found[0][0]
+    reasons = []
+    if (found[0][1], found[1][1]) != sizes or call.q.shape[0] % rows:
+        reasons.append(
+            f"ClassMask has classes of {found[0]} queries and {found[1]} keys; {call.site.name!r} has {sizes[0]} and "
+            f"{sizes[1]} in {call.q.shape[0]} rows."
+        )
+    if call.is_causal:
+        reasons.append(f"ClassMask takes queries out of their order, and {call.site.name!r} is causal.")
+    return reasons
 
 
 def _mask_reasons(call: AttentionCall, edits: Sequence[Edit]) -> list[str]:
@@ -111,16 +136,33 @@ def _mask_reasons(call: AttentionCall, edits: Sequence[Edit]) -> list[str]:
 
 
 def conflicts(edits: Sequence[Edit]) -> list[str]:
-    """Pairs that do not compose: a bias on the last row is invisible to targets that look at logits."""
-    last = any(isinstance(edit, KeyBias) and edit.queries == "last" for edit in edits)
-    blind = (OwnValue(), MeanValue())
-    looks = [e for e in edits if isinstance(e, Mix) and (e.target not in blind or e.path != "linear")]
-    if last and looks:
-        return [
-            f"KeyBias(queries='last') and Mix({looks[0].target}, path={looks[0].path!r}) do not compose at one site: "
-            "choose different layers, or use KeyBias(queries='all')."
-        ]
-    return []
+    """Pairs that do not compose: a bias on the last row and class masks are invisible to whoever looks at logits."""
+    mixes = [e for e in edits if isinstance(e, Mix) and not isinstance(e.target, RowKeys)]
+    looks = [e for e in mixes if e.target not in (OwnValue(), MeanValue()) or e.path != "linear"]
+    curved = [e for e in mixes if e.path != "linear"]
+    masks = [e for e in edits if isinstance(e, ClassMask)]
+    reasons = []
+
+    def refuse(one: str, other: Edit, way: str) -> None:
+        name = f"Mix({other.target}, path={other.path!r})" if isinstance(other, Mix) else type(other).__name__
+        reasons.append(f"{one} and {name} do not compose at one site: choose different layers{way}.")
+
+    if any(isinstance(edit, KeyBias) and edit.queries == "last" for edit in edits):
+        for other in (looks + masks + [e for e in edits if isinstance(e, Segments)])[:1]:
+            refuse("KeyBias(queries='last')", other, ", or use KeyBias(queries='all')")
+    for other in (looks + [e for e in mixes if e.target == MeanValue()])[:1] if masks else ():
+        refuse("ClassMask", other, ", or a target that reads no map")
+    for other in curved[:1] if any(isinstance(edit, Segments) for edit in edits) else ():
+        refuse("Segments", other, ", or use path='linear'")
+    if len(masks) > 1 and _meet(masks):
+        reasons.append("Two ClassMasks on one row and head do not compose: make one table of both.")
+    return reasons
+
+
+def _meet(masks: Sequence[ClassMask]) -> bool:
+    """Whether a row and head has several masks. Looks at values, in the rare case of several masks alone."""
+    rows = max(edit.weight.shape[0] for edit in masks)
+    return bool(sum((expand_rows(edit.weight, rows) != 0).int() for edit in masks).gt(1).any())  # type: ignore
 
 
 # ---- phase 1: inputs -------------------------------------------------------------------------------------------------
@@ -195,7 +237,10 @@ def mix(call: AttentionCall, output: Tensor, edit: Mix) -> Tensor:
         mixed = torch.lerp(plain.to(weight.dtype), target.to(weight.dtype), weight)
     else:
         mixed = targets.path_output(call, edit.path, weight, rows)
-    mixed = torch.where(weight != 0, mixed.to(output.dtype), plain)
+    chosen = weight != 0
+    if isinstance(edit.target, RowKeys):  # queries without a share stay as they are
+        chosen = chosen & (segments.shares(call, edit.target).sum(1)[:, None, rows, None] > 0)
+    mixed = torch.where(chosen, mixed.to(output.dtype), plain)
     if rows == slice(0, output.shape[2]):
         return mixed
     return torch.cat([output[:, :, : rows.start], mixed, output[:, :, rows.stop :]], dim=2)
@@ -213,6 +258,6 @@ def _weight(weight: Tensor, output: Tensor) -> Tensor:
     return expanded.to(device=output.device, dtype=compute_dtype(output))[:, :, None, None]
 
 
-INPUTS: dict[type, Callable[..., tuple[AttentionCall, Tensor]]] = {KeyBias: bias_keys}
+INPUTS: dict[type, Callable[..., tuple[AttentionCall, Tensor]]] = {ClassMask: mask_classes, KeyBias: bias_keys}
 ROWS: dict[type, Callable[..., Tensor]] = {KeyBias: bias_last_row}
 OUTPUTS: dict[type, Callable[..., Tensor]] = {Mix: mix, Scale: scale}

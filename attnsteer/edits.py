@@ -4,8 +4,11 @@ Every weight is a float32 tensor whose first axis is the batch row (or 1 for all
 that variants of a method share one kernel call. A weight of 0 leaves that row and head untouched, bit for bit.
 
 Order of composition at one site (``ORDER``): replace q, k, v; then masks and biases; then further key segments;
-then ``Mix``; then ``Scale``. ``Replace``, ``ClassMask``, ``LogitEdit``, ``Segments`` and ``Redistribute`` join this
-table together with the first method that needs them.
+then ``Mix``; then ``Scale``. ``Replace``, ``LogitEdit`` and ``Redistribute`` join this table together with the first
+method that needs them.
+
+Edits that read other rows of the batch (``Segments``, ``Mix`` toward ``RowKeys``) name them by position, so they come
+from ``react``, which sees the batch. Their ``source`` is a plain tuple: rows that read nothing cost nothing.
 """
 
 from __future__ import annotations
@@ -17,10 +20,14 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from .classes import TokenClasses
+from .errors import SteeringError
 from .site import expand_rows
 
 Tokens = Literal["all", "image", "text"]
 Path = Literal["linear", "chord", "slerp", "log_linear"]
+Sources: TypeAlias = tuple[tuple[int, ...], ...]
+"""For every row of the batch the rows that it reads, -1 where there is none; all entries have one length."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,22 @@ class ArgmaxValue:
     """Each query attends to its strongest key alone: ``o_i = v_argmax``."""
 
 
-Target: TypeAlias = OwnValue | MeanValue | MeanQuery | BlurredQuery | ArgmaxValue
+@dataclass(frozen=True, eq=False)
+class RowKeys:
+    """The own queries on the keys and values of other rows, blended per query:
+    ``o_i = sum_s share_si attention(q_i, k of row s, v of row s) / sum_s share_si``. Queries without a share keep the
+    plain output.
+
+    Args:
+        source: the rows to read.
+        share: ``(R, S, Nq)`` float32, >= 0.
+    """
+
+    source: Sources
+    share: Tensor
+
+
+Target: TypeAlias = OwnValue | MeanValue | MeanQuery | BlurredQuery | ArgmaxValue | RowKeys
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +118,54 @@ class KeyBias:
     queries: Literal["all", "last"] = "all"
 
 
-Edit: TypeAlias = KeyBias | Mix | Scale
-ORDER: tuple[type, ...] = (KeyBias, Mix, Scale)
+@dataclass(frozen=True, eq=False)
+class ClassMask:
+    """Who may look at whom, by classes of tokens: a query sees the keys of the classes that its own class may see.
+
+    Args:
+        classes: the classes of queries and keys and the table; made once and used in many calls.
+        weight: ``(R, H)`` float32; 0 leaves a row and head alone, anything else masks it.
+    """
+
+    classes: TokenClasses
+    weight: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """More keys for chosen rows: those of other rows (or their own again), in one softmax with the row's own keys.
+
+    ``logits_i = [s_i over own keys | s_i + bias_1 + log(weight) over segment 1 | ...]``. Segments bring the key mask of
+    the row that they come from; ``KeyBias`` and ``ClassMask`` concern the own keys alone.
+
+    Args:
+        source: the rows to read, S for each row.
+        weight: ``(R, H)`` float32, >= 0: factor on the weights of all segment keys; 0 leaves a row and head alone.
+        bias: ``(R, S, M)`` float32 on the logits of the segment keys; -inf hides a key. None: all keys as they are.
+        keys: ``(R, S, M)`` which keys of the source, in any order and number; None takes all (M = Nk).
+        queries: ``(R, S, Nq)`` bool, which queries see the segment; None: all.
+        positions: ``(R, S, M)`` tokens whose position the keys take (models with rotary positions only).
+    """
+
+    source: Sources
+    weight: Tensor
+    bias: Tensor | None = None
+    keys: Tensor | None = None
+    queries: Tensor | None = None
+    positions: Tensor | None = None
+
+
+Edit: TypeAlias = ClassMask | KeyBias | Segments | Mix | Scale
+ORDER: tuple[type, ...] = (ClassMask, KeyBias, Segments, Mix, Scale)
+
+
+def sources(edit: Edit) -> Sources | None:
+    """The rows that an edit reads; None where every row looks at itself alone."""
+    if isinstance(edit, Segments):
+        return edit.source
+    if isinstance(edit, Mix) and isinstance(edit.target, RowKeys):
+        return edit.target.source
+    return None
 
 
 def _key(edit: Edit) -> tuple[object, ...]:
@@ -106,7 +174,7 @@ def _key(edit: Edit) -> tuple[object, ...]:
         return (Mix, edit.target, edit.tokens, edit.path)
     if isinstance(edit, KeyBias):
         return (KeyBias, edit.queries, tuple(edit.bias.shape[1:]))
-    return (Scale,)
+    return (ClassMask, edit.classes) if isinstance(edit, ClassMask) else (Scale,)
 
 
 def _tensor(edit: Edit) -> Tensor:
@@ -123,7 +191,12 @@ def stack_rows(rows: Sequence[Sequence[Edit]]) -> tuple[Edit, ...]:
     A row that does not ask for an edit gets its neutral value there: weight 0 (``Mix``), 1 (``Scale``), bias 0. Rows
     may ask for different edits; two edits of one row with the same key stay two, and the order within a row is kept.
     Equal rows collapse to one.
+
+    Raises:
+        SteeringError: an edit that reads other rows; the position of a row in the batch is known in ``react`` alone.
     """
+    if any(sources(edit) is not None for edits in rows for edit in edits):
+        raise SteeringError("Edits that read other rows of the batch name them by position: give them in react().")
     slots: list[tuple[tuple[object, ...], dict[int, Edit]]] = []
     for r, edits in enumerate(rows):
         last = -1

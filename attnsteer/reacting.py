@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .edits import Edit, restrict
+from .edits import Edit, restrict, sources
+from .errors import SteeringError
 from .scheduler import Plan, plans_of
 from .site import AttentionCall, Site
 
@@ -24,10 +25,28 @@ class Within:
 
     def __init__(self, inner: Reacts, mask: Tensor):
         self.inner, self.mask = inner, mask
+        self.mine = mask.any(1).tolist()
 
     def react(self, call: AttentionCall) -> Edit | None:
         edit = self.inner.react(call)
-        return None if edit is None else restrict(edit, self.mask, max(1, len(call.lanes)))
+        if edit is None:
+            return None
+        lanes = max(1, len(call.lanes))
+        self._check_sources(edit, call.q.shape[0] // lanes)
+        return restrict(edit, self.mask, lanes)
+
+    def _check_sources(self, edit: Edit, rows: int) -> None:
+        """Rows that share something must belong to one processor: whose rows they are is all that a lane knows."""
+        read = sources(edit)
+        if read is None or len(self.mine) == 1:
+            return
+        mine = [self.mine[row % rows * len(self.mine) // rows] for row in range(len(read))]
+        strange = [(b, j) for b, entry in enumerate(read) for j in entry if j >= 0 and mine[b] and not mine[j]]
+        if strange:
+            raise SteeringError(
+                f"Row {strange[0][0]} reads row {strange[0][1]}, which is not steered by the same processor object: rows "
+                "of one story are one block of variants with one and the same processor."
+            )
 
 
 class Silent:

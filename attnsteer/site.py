@@ -47,11 +47,14 @@ class Spans:
     Attributes:
         image, text: the image and the text tokens of the *key* sequence (for joint and self sites also of the queries).
         grid: ``(T, H, W)`` of the image tokens, row-major, where the family has one grid for all rows.
+        rotary: cosines and sines ``(N, D)`` each, by which queries and keys were turned (pairs of channels), where the
+            family has rotary positions of this form.
     """
 
     image: slice | Tensor
     text: slice | Tensor
     grid: tuple[int, int, int] | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(eq=False)
@@ -62,7 +65,9 @@ class AttentionCall:
     float, broadcastable to ``(B, H, Nq, Nk)``, or None. ``visible`` is the mask, or makes it once somebody asks for it:
     most edits never look, and some hosts must build a dense one or cannot say what it is. ``lanes`` names groups of
     rows, e.g. ``{"main": slice(0, 2)}``.
-    ``state`` lives as long as one generation and belongs to one (processor, site).
+    ``state`` lives as long as one generation and belongs to one (processor, site). ``step`` is the position in the
+    schedule as a 0-d int tensor (a plain int would make a compiled graph for each step), None where there is none.
+    ``classes`` are the class masks that edits have put on the call.
     """
 
     site: Site
@@ -77,6 +82,8 @@ class AttentionCall:
     phase: Phase = "denoise"
     lanes: Mapping[str, slice] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
+    step: Tensor | None = None
+    classes: tuple[Any, ...] = ()
     _output: Tensor | None = field(default=None, init=False, repr=False)
 
     @property

@@ -9,6 +9,7 @@
 | ``MeanQuery()`` | attention of one query, broadcast | O(N) |
 | ``BlurredQuery()`` | attention of blurred queries | a second call |
 | ``ArgmaxValue()`` | ``v`` at the strongest key | logits in chunks of query rows |
+| ``RowKeys()`` | attention to other rows' keys, blended per query | one call per source of the reading rows |
 
 ``T`` and ``L^txt`` are output and log-sum-exp over the text keys alone. Sources: SoftPAG (Ahn et al. 2025, arXiv
 2506.10978), PAG (Ahn et al. 2024, arXiv 2403.17377), SEG (Hong 2024, arXiv 2408.00760); the joint variant "logit" is
@@ -22,7 +23,7 @@ import math
 import torch
 from torch import Tensor
 
-from .edits import BlurredQuery, MeanQuery, MeanValue, Mix, OwnValue, Path, Target, Tokens
+from .edits import BlurredQuery, MeanQuery, MeanValue, Mix, OwnValue, Path, RowKeys, Target, Tokens
 from .kernels import attend_with_lse
 from .logits import (
     additive,
@@ -36,6 +37,7 @@ from .logits import (
     plain_logits,
     row_attention,
 )
+from .segments import row_keys, source_refusals
 from .site import AttentionCall
 
 ARGMAX_ROWS = 64
@@ -83,6 +85,8 @@ def refusals(call: AttentionCall, edit: Mix) -> list[str]:
         )
     if edit.path != "linear" and target != OwnValue():
         reasons.append(f"path={edit.path!r} is defined for OwnValue() only, not for {target}: use path='linear'.")
+    if isinstance(target, RowKeys):
+        reasons += _lending_reasons(call, target)
     if joint_variant and edit.tokens != "image":
         reasons.append(f"{target} changes image queries only: give Mix(tokens='image').")
     if joint_variant and call.is_causal:
@@ -96,6 +100,21 @@ def refusals(call: AttentionCall, edit: Mix) -> list[str]:
     if edit.path == "log_linear" and per_query(call.mask) and call.mask is not None and call.mask.is_floating_point():
         shape = tuple(call.mask.shape)
         reasons.append(f"path='log_linear' cannot scale the additive {shape} mask of {name!r}: use 'chord' or 'slerp'.")
+    return reasons
+
+
+def _lending_reasons(call: AttentionCall, target: RowKeys) -> list[str]:
+    """Why other rows cannot lend their keys here."""
+    reasons = source_refusals(call, target.source, "RowKeys.source")
+    wanted = (len(target.source[0]) if target.source else 0, call.q.shape[2])
+    shape = tuple(target.share.shape)
+    if shape not in ((1, *wanted), (call.q.shape[0], *wanted)):
+        reasons.append(
+            f"RowKeys.share has shape {shape}; at {call.site.name!r} give ({call.q.shape[0]} or 1, {wanted[0]}, "
+            f"{wanted[1]})."
+        )
+    if call.is_causal or per_query(call.mask):
+        reasons.append(f"{call.site.name!r} has a mask per query or causal order, which says nothing about other rows.")
     return reasons
 
 
@@ -127,6 +146,8 @@ def target_output(call: AttentionCall, target: Target, rows: slice) -> Tensor:
         return _mean_query(call, target.tokens, rows)
     if isinstance(target, BlurredQuery):
         return _blurred_query(call, target.sigma, rows)
+    if isinstance(target, RowKeys):
+        return row_keys(call, target)[:, :, rows]
     return _argmax_value(call, rows)
 
 
