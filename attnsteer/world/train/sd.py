@@ -38,6 +38,7 @@ def scheduler() -> DDIMScheduler:
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
         clip_sample=False,
+        steps_offset=1,  # what the pipeline expects; this spacing does not use it
     )
 
 
