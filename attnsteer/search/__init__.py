@@ -1,7 +1,7 @@
 """HeadHunter: the search for the attention heads to perturb (arXiv 2506.10978).
 
 pairs = [("a dog and a car", 0), ("a cat and a bus", 1)]
-selection = HeadHunter(pipe, Judge(), pairs, k=3, rounds=5, out="runs/x").run()
+selection = HeadHunter(pipe, PickScore(), pairs, k=3, rounds=5, out="runs/x").run()
 pipe.set_attn_processor(SoftPAG(selection.where(top=9), strength=0.5))
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from .headhunter import HeadHunter
 from .hunter import Round, generations, hunt
-from .objectives import HPS, Aesthetic, Clip, Harmonic, Judge, Objective, PickScore, Thresholded
+from .objectives import HPS, Aesthetic, Clip, Harmonic, Objective, PickScore, Thresholded, WorldJudge
 from .selection import Head, Selection
 
 __all__ = [
@@ -19,12 +19,12 @@ __all__ = [
     "Harmonic",
     "Head",
     "HeadHunter",
-    "Judge",
     "Objective",
     "PickScore",
     "Round",
     "Selection",
     "Thresholded",
+    "WorldJudge",
     "generations",
     "hunt",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import SteeringError
+from .weights import weights_of
 
 T = TypeVar("T")
 
@@ -29,6 +30,11 @@ class Encoders:
     def __init__(self, checkpoint: str, processor: str, device: Any = "cpu"):
         self.checkpoint, self.processor, self.device = str(checkpoint), str(processor), str(device)
         self._texts: dict[str, Tensor] = {}
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """On what the embeddings depend."""
+        return {"checkpoint": self.checkpoint, "processor": self.processor, "weights": weights_of(self._loaded[0])}
 
     @property
     def scale(self) -> float:

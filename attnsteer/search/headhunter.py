@@ -27,7 +27,7 @@ from ..processor import Processor
 from ..site import Site
 from ..where import Where
 from .hunter import Heads, Round, check, generations, hunt
-from .objectives import Given, Judge, Objective, objective_of
+from .objectives import Given, Objective, WorldJudge, objective_of
 from .painter import Painter
 from .ranks import Ranks
 from .scorer import Pair, Scorer, known_pairs
@@ -98,7 +98,7 @@ class HeadHunter:
         self.pairs, self.k, self.rounds, self.batch = known_pairs(pairs), k, rounds, batch
         method = replace(processor or _softpag(strength, scale), where=where)
         self.painter = Painter(pipe, method, steps, call)
-        self.objective = objective_of(Judge() if objective is None else objective)
+        self.objective = objective_of(WorldJudge() if objective is None else objective)
         self.pool = pool_of(pipe, method)
         check(len(self.pool), k, rounds)
         attach(pipe, replace(method, where=where_of(self.pool[:1], where.steps))).detach()  # refuse now

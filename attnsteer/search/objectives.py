@@ -4,7 +4,7 @@ Any ``(images, prompts) -> scores`` will do; it gets 8-bit PIL pictures with the
 picture, higher is better. It must judge every picture by itself, since pictures come in any order and company.
 
     Clip, PickScore, Aesthetic, HPS     transformers checkpoints, by folder or hub id
-    Judge                               the small world's judge, embedded
+    WorldJudge                          the small world's judge, embedded
     Harmonic([PickScore(), Clip()])     rank by the harmonic mean of the mean scores
     Thresholded(Clip(), [(PickScore(), 20.0), (Aesthetic(), 6.0)])    rank by CLIP those whose means reach the others
 """
@@ -20,19 +20,19 @@ from typing import Any
 from ..errors import SteeringError
 from ..plain import short
 from .encoders import Encoders, affine_head
+from .weights import weights_of
 
 Columns = dict[str, list[float]]
 Given = Callable[[Sequence[Any], Sequence[str]], Any]
 
 
 class Objective:
-    """Base of all objectives: named scores for each picture, and how their means over all pictures rank a candidate.
+    """Base of all objectives: named scores for each picture, and how their means over all pictures rank a candidate."""
 
-    Attributes:
-        settings: plain values on which the scores depend; scores under other settings are never reused.
-    """
-
-    settings: Mapping[str, Any] = {}
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Plain values on which the scores depend; scores under other settings are never reused."""
+        raise NotImplementedError
 
     def __call__(self, images: Sequence[Any], prompts: Sequence[str]) -> Columns:
         raise NotImplementedError
@@ -66,12 +66,14 @@ class Custom(_Single):
         self.function = function
         named = function if hasattr(function, "__qualname__") else type(function)
         self.name = str(getattr(function, "name", None) or getattr(named, "__name__", "score"))
-        code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
-        self.settings = {
-            "callable": f"{named.__module__}.{named.__qualname__}",
-            "code": _digest(code).hexdigest()[:16] if code else None,
-            "settings": dict(getattr(function, "settings", {})),
-        }
+        self._callable = f"{named.__module__}.{named.__qualname__}"
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        call = self.function
+        code = getattr(call, "__code__", None) or getattr(type(call).__call__, "__code__", None)
+        known = {"callable": self._callable, "code": _digest(code).hexdigest()[:16] if code else None}
+        return {**known, "settings": dict(getattr(call, "settings", {}))}
 
     def measure(self, images: Sequence[Any], prompts: Sequence[str]) -> Any:
         return self.function(images, prompts)
@@ -92,7 +94,10 @@ class _TextImage(_Single):
 
     def __init__(self, checkpoint: str, processor: str | None = None, device: Any = "cpu"):
         self.encoders = Encoders(checkpoint, processor or checkpoint, device)
-        self.settings = {"objective": self.name, "checkpoint": str(checkpoint), "processor": str(processor)}
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {"objective": self.name, "prefix": self.prefix, **self.encoders.settings}
 
     def measure(self, images: Sequence[Any], prompts: Sequence[str]) -> Any:
         cosine = (self.encoders.images(images) * self.encoders.texts([self.prefix + p for p in prompts])).sum(-1)
@@ -120,7 +125,6 @@ class Clip(_TextImage):
     ):
         super().__init__(checkpoint, device=device)
         self.prefix = prefix
-        self.settings = {**self.settings, "prefix": prefix}
 
 
 class PickScore(_TextImage):
@@ -174,18 +178,26 @@ class Aesthetic(_Single):
         device: Any = "cpu",
     ):
         self.encoders, self.head = Encoders(checkpoint, checkpoint, device), head
-        self.settings = {"objective": self.name, "checkpoint": str(checkpoint), "head": str(head)}
         self._affine: Any = None
 
-    def measure(self, images: Sequence[Any], prompts: Sequence[str]) -> Any:
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        weight, bias = self._loaded()
+        ends = [float(weight.sum()), float(bias)]
+        return {"objective": self.name, **self.encoders.settings, "head": str(self.head), "values": ends}
+
+    def _loaded(self) -> Any:
         if self._affine is None:
             self._affine = affine_head(self.head)
-        weight, bias = self._affine
+        return self._affine
+
+    def measure(self, images: Sequence[Any], prompts: Sequence[str]) -> Any:
+        weight, bias = self._loaded()
         return self.encoders.images(images).double().cpu() @ weight + bias
 
 
 # ---- the small world -------------------------------------------------------------------------------------------------
-class Judge(_Single):
+class WorldJudge(_Single):
     """Whether the small world's judge sees what the prompt names, and nothing else: from -1 to 1.
 
     The mean over the named categories of how sure the judge is of one (the mean of its four surest cells), less the
@@ -200,22 +212,29 @@ class Judge(_Single):
     cells = 4
 
     def __init__(self, folder: str | None = None, device: Any = "cpu"):
-        self.settings = {"objective": self.name, "folder": folder}
         self._folder, self._device = folder, device
-        self._network: Any = None
+        self._judge: Any = None
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {"objective": self.name, "weights": weights_of(self._loaded().network)}
+
+    def _loaded(self) -> Any:
+        from attnsteer.world.judge import Judge
+
+        if self._judge is None:
+            self._judge = Judge.load(self._folder, self._device)
+        return self._judge
 
     def measure(self, images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
-        from attnsteer.world.judge import Judge as Network
-
-        self._network = self._network or Network.load(self._folder, self._device)
-        seen = self._network.cells(images)[1].astype(float)  # [n, 16, 16, categories + 1], 0: nothing there
+        seen = self._loaded().cells(images)[1].astype(float)  # [n, 16, 16, categories + 1], 0: nothing there
         found = seen.reshape(len(images), -1, seen.shape[-1])
         return [self._one(cells, self._asked(prompt)) for cells, prompt in zip(found, prompts, strict=True)]
 
     def _asked(self, prompt: str) -> list[int]:
         from attnsteer.world.evaluate.answers import named
 
-        categories = self._network.settings.categories
+        categories = self._loaded().settings.categories
         asked = [1 + categories.index(name) for name in sorted(named(prompt)) if name in categories]
         if not asked:
             raise SteeringError(f"The judge of the small world knows nothing that is named in the prompt {prompt!r}.")
@@ -231,10 +250,10 @@ class Judge(_Single):
 class _Combined(Objective):
     def __init__(self, parts: Sequence[Objective | Given]):
         self.parts = list(map(objective_of, parts))
-        self.settings = {
-            "objective": type(self).__name__.lower(),
-            "parts": [dict(part.settings) for part in self.parts],
-        }
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {"objective": "several", "parts": [dict(part.settings) for part in self.parts]}
 
     def __call__(self, images: Sequence[Any], prompts: Sequence[str]) -> Columns:
         columns: Columns = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,6 +18,7 @@ from ..plain import encode
 from ..processor import Processor
 from .hunter import Heads
 from .selection import where_of
+from .weights import plain_config, weights_of
 
 OWNED = ("prompt", "generator", "num_images_per_prompt", "num_inference_steps", "latents", "output_type", "return_dict")
 """Arguments of the pipeline that a search sets itself."""
@@ -53,10 +53,11 @@ class Painter:
         parameters = self.processor.to_dict()
         where = encode(replace(self.processor.where, layers="all", heads="all"), "where")
         scheduler = getattr(self.pipe, "scheduler", None)
+        parts = {n: m for n, m in sorted(self.pipe.components.items()) if isinstance(m, torch.nn.Module)}
         return {
             "pipeline": type(self.pipe).__name__,
-            "weights": weights_of(self.pipe),
-            "scheduler": [type(scheduler).__name__, _plain(getattr(scheduler, "config", {}))],
+            "weights": {n: weights_of(m) for n, m in parts.items()},
+            "scheduler": [type(scheduler).__name__, plain_config(getattr(scheduler, "config", {}))],
             "processor": {**parameters, "parameters": {**parameters["parameters"], "where": where}},
             "steps": self.steps,
             "call": {name: encode(value, f"call[{name!r}]") for name, value in sorted(self.call.items())},
@@ -158,29 +159,3 @@ def _joined(rows: Sequence[Any]) -> Any:
     if isinstance(first, (tuple, list)):
         return type(first)(_joined(part) for part in zip(*rows, strict=True))
     return first
-
-
-# ---- what a picture depends on ---------------------------------------------------------------------------------------
-def weights_of(pipe: Any, samples: int = 16) -> str:
-    """A hash of all weights: names, shapes, types and some values of each tensor, and the scales of adapters."""
-    digest = hashlib.sha256()
-    for name, part in sorted(pipe.components.items()):
-        if not isinstance(part, torch.nn.Module):
-            continue
-        digest.update(f"{name} {type(part).__name__} {_plain(getattr(part, 'config', {}))}".encode())
-        for key, tensor in sorted(part.state_dict().items()):
-            digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            if tensor.numel() and not tensor.is_meta:
-                chosen = tensor.detach().flatten()[:: max(1, tensor.numel() // samples)]
-                digest.update(repr(chosen.double().cpu().tolist()).encode())
-        for key, module in part.named_modules():
-            if isinstance(getattr(module, "scaling", None), dict):
-                digest.update(f"{key} {module.scaling} {getattr(module, 'active_adapters', '')}".encode())
-    return digest.hexdigest()[:16]
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    """A configuration without where it was loaded from and by which version."""
-    values = config if isinstance(config, Mapping) else config.to_dict() if hasattr(config, "to_dict") else {}
-    skipped = ("transformers_version", "torch_dtype", "dtype")
-    return {k: repr(v) for k, v in sorted(values.items()) if not k.startswith("_") and k not in skipped}
