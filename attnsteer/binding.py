@@ -28,7 +28,7 @@ class Binding:
     ``reactors``, ``spans``, ``lanes`` and ``phase``; what differs by layer, row or step is a tensor there.
     """
 
-    __slots__ = ("__weakref__", "edits", "hit", "lanes", "main_call", "phase", "reactors", "site", "spans")
+    __slots__ = ("__weakref__", "edits", "hit", "lanes", "main_call", "phase", "reactors", "site", "spans", "step")
 
     def __init__(
         self,
@@ -47,12 +47,15 @@ class Binding:
         self.lanes: Mapping[str, slice] = lanes or {}
         self.phase: Phase = phase
         self.main_call = main_call  # which kernel call of the module is the text or joint one
+        self.step: Tensor | None = None  # position in the schedule
         self.hit = False
 
     def scratch(self) -> Binding:
         """The same binding, whose reactors start from today's states and keep nothing."""
         reactors = tuple((reacts, dict(state)) for reacts, state in self.reactors)
-        return Binding(self.site, self.edits, reactors, self.spans, self.lanes, self.phase, self.main_call)
+        copy = Binding(self.site, self.edits, reactors, self.spans, self.lanes, self.phase, self.main_call)
+        copy.step = self.step
+        return copy
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copy of a steered model is not steered."""
@@ -77,6 +80,7 @@ def intervene(
         binding.site, kernel, q, k, v, visible, scale, is_causal, binding.spans, binding.phase, binding.lanes
     )
     edits = binding.edits
+    call.step = binding.step
     for processor, state in binding.reactors:
         call.state = state
         edit = processor.react(call)

@@ -26,7 +26,9 @@ class Processor:
     * ``lanes``: rows beyond the plain ones that the method needs: ``"perturbed"`` (a second prediction of the
       conditional rows with the edits on, for guidance; needs ``guidance``) or ``"image_free"`` (the same prompt without
       its image, in lock-step, before generation);
-    * ``reads_only``: ``react`` only looks and never gives an edit, so that it goes with guidance.
+    * ``reads_only``: ``react`` only looks and never gives an edit, so that it goes with guidance;
+    * ``reads_rows``: ``react`` reads other rows of the batch, so that no row may run without them;
+    * ``needs``: what ``react`` must know beyond the order of tokens: ``"grid"`` or ``"rotary"`` of ``Spans``.
     """
 
     where: Where = Where()
@@ -34,6 +36,8 @@ class Processor:
     kinds: ClassVar[tuple[Kind, ...]] = ("self", "joint", "cross", "causal")
     lanes: ClassVar[tuple[str, ...]] = ()
     reads_only: ClassVar[bool] = False
+    reads_rows: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ()
 
     def where_for(self, sites: Sequence[Site]) -> Where:
         """The selection on a model; methods whose default depends on the number of layers override it."""

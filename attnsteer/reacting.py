@@ -21,11 +21,11 @@ class Reacts(Protocol):
 
 
 class Within:
-    """A reaction limited to its rows and heads; elsewhere the edit is neutral. ``mask``: bool ``(R, H)``."""
+    """A reaction limited to its rows and heads; elsewhere the edit is neutral. ``mask``: bool ``(R, H)``; ``mine``: its
+    rows, known to the host without asking the device."""
 
-    def __init__(self, inner: Reacts, mask: Tensor):
-        self.inner, self.mask = inner, mask
-        self.mine = mask.any(1).tolist()
+    def __init__(self, inner: Reacts, mask: Tensor, mine: Sequence[bool]):
+        self.inner, self.mask, self.mine = inner, mask, mine
 
     def react(self, call: AttentionCall) -> Edit | None:
         edit = self.inner.react(call)
@@ -44,8 +44,8 @@ class Within:
         strange = [(b, j) for b, entry in enumerate(read) for j in entry if j >= 0 and mine[b] and not mine[j]]
         if strange:
             raise SteeringError(
-                f"Row {strange[0][0]} reads row {strange[0][1]}, which is not steered by the same processor object: rows "
-                "of one story are one block of variants with one and the same processor."
+                f"Row {strange[0][0]} reads row {strange[0][1]}, which is not steered by the same processor object: "
+                "the rows of one story are one block of variants with one and the same processor."
             )
 
 
@@ -65,7 +65,7 @@ def limited(plan: Plan, site: Site, rows: Sequence[Sequence[Plan]], device: torc
     heads = torch.tensor([head in plan.selection[site] for head in range(site.heads)])
     mine = torch.tensor([any(other is plan for other in row) for row in rows])
     mask = mine[:, None] & heads
-    return plan.processor if bool(mask.all()) else Within(plan.processor, mask.to(device))
+    return plan.processor if bool(mask.all()) else Within(plan.processor, mask.to(device), mine.tolist())
 
 
 def reacting(rows: Sequence[Sequence[Plan]], site: Site) -> list[Plan]:

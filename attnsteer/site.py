@@ -28,6 +28,8 @@ class Site:
         index: position among all sites of the model in execution order.
         heads, kv_heads, head_dim: as the kernel sees them (``kv_heads < heads`` is grouped-query attention).
         order: token order along a joint sequence, e.g. ``("image", "text")``; empty elsewhere.
+        rotary: how positions turn queries and keys before the kernel: ``none``, ``pairs`` (pairs of channels, and the
+            host can give ``Spans.rotary``), or ``unknown``.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Site:
     kv_heads: int
     head_dim: int
     order: tuple[str, ...] = ()
+    rotary: Literal["none", "pairs", "unknown"] = "none"
 
 
 @dataclass(frozen=True, eq=False)

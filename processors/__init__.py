@@ -13,16 +13,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from attnsteer.processor import Processor
 
+    from .consistent_self_attention import ConsistentSelfAttention
     from .pag import PAG
     from .seg import SEG
+    from .shared_self_attention import SharedSelfAttention
     from .softpag import SoftPAG
     from .vhd import VHD
     from .vhr import VHR
 
 GROUP = "attnsteer.processors"
-_SHIPPED = {"PAG": "pag", "SEG": "seg", "SoftPAG": "softpag", "VHD": "vhd", "VHR": "vhr"}
+_SHIPPED = {
+    "ConsistentSelfAttention": "consistent_self_attention",
+    "PAG": "pag",
+    "SEG": "seg",
+    "SharedSelfAttention": "shared_self_attention",
+    "SoftPAG": "softpag",
+    "VHD": "vhd",
+    "VHR": "vhr",
+}
 
-__all__ = ["PAG", "SEG", "VHD", "VHR", "SoftPAG", "available", "get"]
+__all__ = ["PAG", "SEG", "VHD", "VHR", "ConsistentSelfAttention", "SharedSelfAttention", "SoftPAG", "available", "get"]
 
 
 def _plugins() -> dict[str, EntryPoint]:

@@ -8,8 +8,8 @@ top-level stages may be replayed for the perturbed rows (``attnsteer.fork``).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 
@@ -41,6 +41,8 @@ class Family:
         no_fork: inputs that act between or inside stages, so that nothing may be replayed.
         lists: inputs that are Python lists with one entry per row.
         cfg: order of the parts where one batch holds both branches of classifier-free guidance.
+        turned: parts whose queries and keys are turned by their positions (rotary embedding).
+        rotary: ``(model, inputs) -> (cos, sin)`` of the whole sequence, where it is known.
     """
 
     name: str
@@ -55,6 +57,8 @@ class Family:
     lists: tuple[str, ...] = ()
     cfg: tuple[str, str] = ("uncond", "cond")
     main_call: Mapping[str, Callable[[torch.nn.Module], int]] = field(default_factory=dict)
+    turned: tuple[str, ...] = ()
+    rotary: Callable[[Any, Inputs], tuple[torch.Tensor, torch.Tensor]] | None = None
 
 
 # ---- grids of the image tokens ---------------------------------------------------------------------------------------
@@ -96,6 +100,12 @@ def _qwen_grid(model: Any, inputs: Inputs, site: Site) -> Grid | None:
     shapes = inputs["img_shapes"][0]
     shapes = shapes if isinstance(shapes, list) else [shapes]
     return tuple(shapes[0]) if len(shapes) == 1 else None  # several pictures (editing) have no common grid
+
+
+def _flux_rotary(model: Any, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Text and image ids give the angles of the joint sequence."""
+    ids = [x[0] if x.dim() == 3 else x for x in (inputs["txt_ids"], inputs["img_ids"])]
+    return model.pos_embed(torch.cat(ids))
 
 
 UNET = Family(
@@ -162,6 +172,8 @@ FLUX = Family(
     grid=_flux_grid,
     order=("text", "image"),
     no_fork=("controlnet_block_samples", "controlnet_single_block_samples"),
+    turned=("attn",),
+    rotary=_flux_rotary,
 )
 
 PIXART = Family(
@@ -188,6 +200,7 @@ WAN = Family(
     parts={"attn1": "self", "attn2": "cross"},
     rows=("hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_image", "attention_kwargs"),
     grid=_video_grid,
+    turned=("attn1",),
     # image-to-video: the module attends to the image keys first and to the text keys second
     main_call={"attn2": lambda module: int(getattr(module, "add_k_proj", None) is not None)},
 )
@@ -211,6 +224,7 @@ QWEN_IMAGE = Family(
     order=("text", "image"),
     no_fork=("controlnet_block_samples",),
     lists=("img_shapes",),
+    turned=("attn",),
 )
 
 FAMILIES: tuple[Family, ...] = (UNET, SD3, FLUX, PIXART, WAN, QWEN_IMAGE)
@@ -285,7 +299,10 @@ def sites(model: torch.nn.Module) -> list[Site]:
         layer = layers.setdefault(parent, len(layers))
         kind = kinds.get(part, "unknown")
         found.append(_site(name, module, kind, layer, index, family.order if family and kind == "joint" else ()))
-    return found
+    if family is None:
+        return found
+    known: Literal["pairs", "unknown"] = "pairs" if family.rotary else "unknown"
+    return [replace(s, rotary=known if s.name.rpartition(".")[2] in family.turned else "none") for s in found]
 
 
 def _site(name: str, module: Any, kind: Kind, layer: int, index: int, order: tuple[str, ...]) -> Site:
@@ -295,8 +312,13 @@ def _site(name: str, module: Any, kind: Kind, layer: int, index: int, order: tup
     return Site(name, kind, layer, index, heads, kv_dim // head_dim, head_dim, order)
 
 
-def spans(model: Any, family: Family | None, inputs: Inputs, site: Site, want_grid: bool) -> Spans | None:
+def spans(
+    model: Any, family: Family | None, inputs: Inputs, site: Site, want_grid: bool, want_rotary: bool = False
+) -> Spans | None:
     """Where text and image tokens lie at a site in this forward pass; None for a family without a descriptor."""
+    if family is not None and want_rotary and site.rotary == "pairs" and family.rotary:
+        plain = spans(model, family, inputs, site, want_grid)
+        return None if plain is None else replace(plain, rotary=family.rotary(unwrap(model), inputs))
     if family is None or site.kind == "unknown":
         return None
     grid = family.grid(unwrap(model), inputs, site) if want_grid else None
@@ -360,6 +382,11 @@ def refusals(
         for plan in plans
         if plan.where.steps in ("prefill", "decode")
     ]
+    sharing = [type(plan.processor).__name__ for plan in plans if plan.processor.reads_rows]
+    if sharing and guiding:
+        reasons.append(
+            f"{sharing[0]} reads other rows of the batch, and {guiding[0]} runs the perturbed rows alone: attach one."
+        )
     if any("image_free" in plan.processor.lanes for plan in plans):
         reasons.append("Methods that compare with an image-free prompt need a vision-language model.")
     return reasons

@@ -263,8 +263,9 @@ class DiffusionSession:
             rows = plain * (batch // len(plain))
         bindings, device = self._bindings(model, inputs, rows), denoisers.sample_of(family, inputs).device
         lanes = self._lanes(model, batch) if len(plain) > 1 else {}
+        now = self._clock.index if self._clock and self._clock.running else 0
         for site, binding in bindings.items():
-            binding.lanes = lanes
+            binding.lanes, binding.step = lanes, self._constant((now,), torch.long, device)[0]
             binding.reactors = tuple(
                 (limited(plan, site, plain, device), plan.states[site]) for plan in reacting(plain, site)
             )
@@ -387,8 +388,11 @@ class DiffusionSession:
             made = {}
             for site in wanted_sites(rows):
                 edits = merge_edits(rows, site, device)
-                if edits or reacting(rows, site):
-                    layout = denoisers.spans(model, family, inputs, site, needs_grid(edits))
+                reactors = reacting(rows, site)
+                if edits or reactors:
+                    needs = {need for plan in reactors for need in plan.processor.needs}
+                    grid = "grid" in needs or needs_grid(edits)
+                    layout = denoisers.spans(model, family, inputs, site, grid, "rotary" in needs)
                     turn = denoisers.main_call(family, site, unwrap(model).get_submodule(site.name))
                     made[site] = Binding(site, edits, spans=layout, main_call=turn)
             self._prepared[key] = made
