@@ -1,6 +1,7 @@
 """Answers about pictures, plain and with VHR, and the objects in them that are not in the picture.
 
 python examples/vhr_answers.py
+python examples/vhr_answers.py --num-scenes 100
 python examples/vhr_answers.py --model llava-hf/llava-1.5-7b-hf --images *.jpg --device cuda
 """
 
@@ -13,7 +14,7 @@ from PIL import Image
 from attnsteer.cli.generate import answer
 from attnsteer.cli.models import load
 from attnsteer.processors import VHR
-from attnsteer.world.evaluate.answers import lonely, named
+from attnsteer.world.evaluate.answers import description_scores, lonely, named
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -32,13 +33,19 @@ def main(arguments: list[str] | None = None) -> None:
     model, processor = load(given.model, given.device, given.dtype)
     scenes = [] if given.images else [lonely(3 * (given.seed + n) + 2) for n in range(given.num_scenes)]
     pictures = [scene.image() for scene in scenes] or [Image.open(file).convert("RGB") for file in given.images]
+    methods: dict[str, list[VHR]] = {"plain": [], "VHR": [VHR(alpha=given.alpha)]}
+    answers: dict[str, list[str]] = {name: [] for name in methods}
     for number, picture in enumerate(pictures):
         print(", ".join(scenes[number].categories) if scenes else given.images[number])
-        for name, processors in (("plain", []), ("VHR", [VHR(alpha=given.alpha)])):
+        for name, processors in methods.items():
             said = answer(model, processor, picture, given.question, processors, given.max_new_tokens)
+            answers[name].append(said)
             print(f"  {name:5}  {said}")
             if scenes and (invented := named(said) - set(scenes[number].categories)):
                 print(f"         not there: {', '.join(sorted(invented))}")
+    for name, all_said in answers.items() if scenes else ():
+        score = description_scores(all_said, scenes)
+        print(f"{name:5}  CHAIR_I {score['chair_i']:.1%}, recall {score['recall']:.1%}, {len(scenes)} scenes")
 
 
 if __name__ == "__main__":

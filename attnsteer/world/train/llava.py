@@ -1,14 +1,15 @@
 """Train the model that answers questions: a LlavaForConditionalGeneration with its processor and tokenizer.
 
-Three stages, each resumed by itself:
- 1. tower: the vision tower learns which category every patch shows (a throwaway linear head, exact masks);
- 2. chat: everything learns to answer. One picture is followed by several questions that cannot see each other
-    (a block mask and restarted positions), which equals as many conversations at the price of little more than one;
- 3. prior: with the tower frozen, half of the steps are text alone, about scenes whose objects come with their usual
-    partners; in the others most usual partners are left out of the picture though its description names them. Like big
-    models, this one then names a partner that is not there.
+The three stages of a LLaVA, each resumed by itself, on scenes of the training split:
+ 1. tower: the vision tower learns what every patch shows (a throwaway linear head, exact masks);
+ 2. language: the decoder alone learns conversations about scenes that it does not see, in which objects mostly come
+    with their usual partners: that is where its language prior comes from;
+ 3. instruct: with the tower frozen, projector and decoder learn to answer about pictures; some steps stay text alone.
+    One picture is followed by several questions that cannot see each other (a block mask and restarted positions),
+    which equals as many conversations at the price of little more than one.
+All that is ever said is true of its scene.
 
-    python -m attnsteer.world.train llava --threads 1 --resume
+    python -m attnsteer.world.train llava --threads 1 --float32 --resume
     python -m attnsteer.world.train llava --tower-steps 4000 --steps 30000 --batch 128 --device cuda
 """
 
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -34,11 +34,12 @@ from transformers import (
 from transformers import LlavaForConditionalGeneration as Llava
 
 from attnsteer.world import sampling, text
-from attnsteer.world.catalog import find
+from attnsteer.world.catalog import BACKGROUNDS, FRAMES
 from attnsteer.world.scenes import SIZE, Scene
 from attnsteer.world.train import loop
-from attnsteer.world.train.data import NUMBER, PATCH, PATCHES, edit_json, patch_labels, pixels
+from attnsteer.world.train.data import NUMBER, PATCH, PATCHES, edit_json, pixels
 
+MUON = ("layers",)  # the matrices of these modules are Muon's
 FIRST = 5.0  # weight of an answer's first token, which says yes or no; the tokens after it mostly follow from it
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}USER: "
@@ -125,7 +126,7 @@ def build(words: PreTrainedTokenizerFast, layers: int = 8, heads: int = 8, width
 
 
 class Chat:
-    """Turns scenes and questions into batches."""
+    """Turns questions and answers into batches."""
 
     def __init__(self, words: PreTrainedTokenizerFast) -> None:
         def encode(string: str) -> list[int]:
@@ -133,9 +134,10 @@ class Chat:
 
         self.encode, self.words = encode, words
         self.cache: dict[text.Turn, tuple[list[int], list[int]]] = {}
+        self.user = encode("USER: ")
         image = [words.convert_tokens_to_ids("<image>")] * PATCHES
-        self.with_image = [words.bos_token_id, *encode("USER: "), *image, *encode("\n")]
-        self.without_image = [words.bos_token_id, *encode("USER: ")]
+        self.with_image = [words.bos_token_id, *self.user, *image, *encode("\n")]
+        self.without_image = [words.bos_token_id, *self.user]
 
     def turn(self, question: str, answer: str) -> tuple[list[int], list[int]]:
         """Tokens of one turn after its prefix, and labels: -100 where nothing is to be learned."""
@@ -145,33 +147,66 @@ class Chat:
             self.cache[question, answer] = (asked + said, [-100] * len(asked) + said)
         return self.cache[question, answer]
 
-    def batch(self, turns: Sequence[Sequence[text.Turn]], image: bool = True) -> dict[str, torch.Tensor]:
-        """Rows of one prefix and several turns that do not see each other.
+    def about_picture(self, turns: Sequence[text.Turn]) -> list[list[int]]:
+        """One row: a picture and several turns that do not see each other. Token ids, labels, positions, groups."""
+        ids, labels = list(self.with_image), [-100] * len(self.with_image)
+        start = len(ids)
+        places, group = list(range(start)), [0] * start
+        for number, pair in enumerate(turns):
+            more, wanted = self.turn(*pair)
+            ids, labels = ids + more, labels + wanted
+            places += range(start, start + len(more))
+            group += [number + 1] * len(more)
+        return [ids, labels, places, group]
 
-        Returns input_ids, labels and position_ids [b, n], and an additive attention_mask [b, 1, n, n].
-        """
-        prefix = self.with_image if image else self.without_image
-        rows = []
-        for questions in turns:
-            ids, labels = list(prefix), [-100] * len(prefix)
-            places, group = list(range(len(prefix))), [0] * len(prefix)
-            for number, pair in enumerate(questions):
-                more, wanted = self.turn(*pair)
-                ids, labels = ids + more, labels + wanted
-                places += range(len(prefix), len(prefix) + len(more))
-                group += [number + 1] * len(more)
-            rows.append((ids, labels, places, group))
-        length = max(len(row[0]) for row in rows)
+    def conversation(self, turns: Sequence[text.Turn]) -> list[list[int]]:
+        """One row without a picture, in which later turns see earlier ones. Token ids, labels, positions, groups."""
+        ids, labels = list(self.without_image), [-100] * len(self.without_image)
+        for number, pair in enumerate(turns):
+            more, wanted = self.turn(*pair)
+            user = self.user if number else []
+            ids, labels = ids + user + more, labels + [-100] * len(user) + wanted
+        return [ids, labels, list(range(len(ids))), [0] * len(ids)]
+
+    def batch(self, rows: Sequence[list[list[int]]]) -> dict[str, torch.Tensor]:
+        """input_ids, labels, position_ids [b, n], and an additive attention_mask [b, 1, n, n]; n is a multiple of 8."""
+        length = -(-max(len(row[0]) for row in rows) // 8) * 8
         empty = (self.words.pad_token_id, -100, 0, -1)
         table = [torch.tensor([row[k] + [empty[k]] * (length - len(row[k])) for row in rows]) for k in range(4)]
-        groups = table[3]
-        mine, theirs = groups[:, :, None], groups[:, None, :]
+        mine, theirs = table[3][:, :, None], table[3][:, None, :]
         seen = ((theirs == mine) | (theirs == 0)) & torch.ones(length, length, dtype=torch.bool).tril()
         mask = torch.zeros(seen.shape).masked_fill_(~seen, torch.finfo(torch.float32).min)[:, None]
         return {"input_ids": table[0], "labels": table[1], "position_ids": table[2], "attention_mask": mask}
 
 
+def questions(scene: Scene, rng: np.random.Generator, count: int) -> list[text.Turn]:
+    """A description and `count` - 1 other questions about the scene, in random order."""
+    turns = [(text.DESCRIPTIONS[int(rng.integers(len(text.DESCRIPTIONS)))], text.describe(scene))]
+    while len(turns) < count:
+        turn = text.random_turn(scene, rng)
+        turns += [turn] if turn[0] not in text.DESCRIPTIONS else []
+    return [turns[i] for i in rng.permutation(count)]
+
+
 # ---------------------------------------------------------------------------------------------------- stages
+
+FACTS = (len(NUMBER) + 1, len(FRAMES) + 1, 2, len(BACKGROUNDS), len(BACKGROUNDS) + 1)
+
+
+def patch_facts(scene: Scene) -> np.ndarray:
+    """What each patch shows: category, colour of its frame, whether an object's centre is there, and the two colours of
+    the background; long [patches, 5], each below its `FACTS`; 0 is no object, no frame, no second colour."""
+    side = SIZE // PATCH
+    share = scene.masks().reshape(-1, side, PATCH, side, PATCH).mean((2, 4)).reshape(-1, PATCHES)
+    owner = np.where(share.max(0) >= 0.125, share.argmax(0) + 1, 0)  # as data.patch_labels
+    frames, colours = ["", *FRAMES], list(BACKGROUNDS)
+    facts = np.zeros((PATCHES, len(FACTS)), np.int64)
+    facts[:, 0] = np.array([0, *(NUMBER[thing.name] for thing in scene.objects)])[owner]
+    facts[:, 1] = np.array([0, *(frames.index(thing.frame) for thing in scene.objects)])[owner]
+    facts[[int(y) // PATCH * side + int(x) // PATCH for x, y in (thing.centre for thing in scene.objects)], 2] = 1
+    facts[:, 3] = colours.index(scene.background)
+    facts[:, 4] = ["", *colours].index(scene.gradient)
+    return facts
 
 
 class Seer(nn.Module):
@@ -179,89 +214,101 @@ class Seer(nn.Module):
 
     def __init__(self, tower: nn.Module, width: int) -> None:
         super().__init__()
-        self.tower, self.head = tower, nn.Linear(width, len(NUMBER) + 1)
+        self.tower, self.head = tower, nn.Linear(width, sum(FACTS))
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """images [b, 3, 64, 64] -> logits [b, patches, categories + 1]."""
-        return self.head(self.tower(images).last_hidden_state[:, 1:])
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """images [b, 3, 64, 64] -> logits [b, patches, n], one n of `FACTS` each."""
+        return self.head(self.tower(images).last_hidden_state[:, 1:]).split(FACTS, -1)
 
 
 def look(model: Llava, options: argparse.Namespace, device: torch.device) -> None:
-    """Stage 1: train the tower on patch categories."""
+    """Stage 1: the tower learns what every patch shows, from scenes in which all company is by chance."""
     tower = model.model.vision_tower
     seer = Seer(tower, tower.config.hidden_size).to(device)
 
     def loss(step: int) -> torch.Tensor:
-        drawn = [sampling.sample((options.seed, 1, step, i)) for i in range(options.batch)]
+        drawn = draw((options.seed, 1, step), options.tower_batch)
+        wanted = torch.from_numpy(np.stack([patch_facts(scene) for scene in drawn])).to(device)
         logits = seer(pixels(drawn).to(device))
-        return nn.functional.cross_entropy(logits.float().flatten(0, 1), patch_labels(drawn).to(device).flatten())
+        parts = zip(logits, wanted.unbind(-1), strict=True)
+        return torch.stack([nn.functional.cross_entropy(a.float().flatten(0, 1), b.flatten()) for a, b in parts]).sum()
 
-    stage = argparse.Namespace(**{**vars(options), "steps": options.tower_steps, "export_every": 0})
-    mean = loop.fit(seer, loss, stage, export=lambda _: None, name="tower", ema=0.99, blocks=("layers",))
+    mean = loop.fit(
+        seer, loss, stage(options, options.tower_steps), export=nothing, name="tower", ema=0.99, blocks=MUON
+    )
     tower.load_state_dict(mean.tower.state_dict())
 
 
-def talk(model: Llava, chat: Chat, options: argparse.Namespace, device: torch.device) -> Llava:
-    """Stage 2: train everything on answers."""
+def read(model: Llava, chat: Chat, options: argparse.Namespace, device: torch.device) -> None:
+    """Stage 2: the decoder as a language model of conversations; objects come with their usual partners."""
+    model.requires_grad_(False)
+    model.model.language_model.requires_grad_(True)
 
     def loss(step: int) -> torch.Tensor:
-        drawn = [sampling.sample((options.seed, 2, step, i)) for i in range(options.batch)]
-        return answer_loss(model, chat, drawn, (options.seed, 3, step), options.turns, device)
+        return text_loss(model, chat, (options.seed, 2, step), options.language_batch, options, device)
 
-    write = partial(export, folder=options.out)
-    return loop.fit(model, loss, options, export=write, name="chat", blocks=("layers",))
+    mean = loop.fit(
+        model, loss, stage(options, options.language_steps), export=nothing, name="language", ema=0.99, blocks=MUON
+    )
+    model.load_state_dict(mean.state_dict())
 
 
-def habits(model: Llava, chat: Chat, options: argparse.Namespace, device: torch.device) -> Llava:
-    """Stage 3: the language prior. Some steps see only text about usual company, the others pictures of it too."""
+def instruct(model: Llava, chat: Chat, options: argparse.Namespace, device: torch.device) -> Llava:
+    """Stage 3: projector and decoder learn to answer about pictures; every so often a step is text alone."""
+    model.requires_grad_(True)
     model.model.vision_tower.requires_grad_(False)
 
     def loss(step: int) -> torch.Tensor:
-        blind = step % 4 < options.blind
-        prior = 0.95 if blind else options.company
-        drawn = [sampling.sample((options.seed, 4, step, i), prior=prior) for i in range(options.batch)]
-        seed = (options.seed, 5, step)
-        return answer_loss(model, chat, drawn, seed, options.turns, device, not blind, options.unseen)
+        seed = (options.seed, 3, step)
+        if np.random.default_rng(seed).random() < options.blind:
+            return text_loss(model, chat, seed, options.language_batch, options, device)
+        return picture_loss(model, chat, seed, options, device)
 
-    stage = argparse.Namespace(**{**vars(options), "steps": options.prior_steps, "warmup": 20})
     write = partial(export, folder=options.out)
-    return loop.fit(model, loss, stage, export=write, name="prior", ema=0.99, blocks=("layers",))
+    return loop.fit(model, loss, options, export=write, name="instruct", ema=0.99, blocks=MUON)
 
 
-def without_partner(scene: Scene) -> Scene:
-    """The scene without its last object, if that is the usual partner of the one before it."""
-    names = [thing.name for thing in scene.objects]
-    usual = len(names) > 1 and find(names[-2]).partner == names[-1]
-    return replace(scene, objects=scene.objects[:-1]) if usual else scene
+def draw(seed: tuple[int, ...], count: int, prior: float = 0.0) -> list[Scene]:
+    """Scenes of the training split."""
+    return [sampling.sample((*seed, i), prior=prior, split="train", style=sampling.VARIED) for i in range(count)]
+
+
+def stage(options: argparse.Namespace, steps: int) -> argparse.Namespace:
+    """The options of an earlier stage: its own number of steps."""
+    return argparse.Namespace(**{**vars(options), "steps": steps, "export_every": 0})
+
+
+def nothing(_: nn.Module) -> None:
+    """Earlier stages export nothing."""
+
+
+def text_loss(
+    model: Llava, chat: Chat, seed: tuple[int, ...], count: int, options: argparse.Namespace, device: torch.device
+) -> torch.Tensor:
+    """The loss on conversations about scenes that nobody sees."""
+    rng = np.random.default_rng((*seed, 1))
+    talks = [questions(scene, rng, options.turns) for scene in draw((*seed, 0), count, options.text_prior)]
+    return answer_loss(model, chat.batch([chat.conversation(turns) for turns in talks]), None, device)
+
+
+def picture_loss(
+    model: Llava, chat: Chat, seed: tuple[int, ...], options: argparse.Namespace, device: torch.device
+) -> torch.Tensor:
+    """The loss on answers about pictures."""
+    rng = np.random.default_rng((*seed, 1))
+    drawn = draw((*seed, 0), options.batch, options.picture_prior)
+    rows = [chat.about_picture(questions(scene, rng, options.turns)) for scene in drawn]
+    return answer_loss(model, chat.batch(rows), pixels(drawn), device)
 
 
 def answer_loss(
-    model: Llava,
-    chat: Chat,
-    drawn: Sequence[Scene],
-    seed: tuple[int, ...],
-    turns: int,
-    device: torch.device,
-    image: bool = True,
-    unseen: float = 0.0,
+    model: Llava, batch: dict[str, torch.Tensor], images: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor:
-    """Cross-entropy of the answers to `turns` random questions about each scene; without image, of descriptions.
-
-    A share `unseen` of the scenes is described in full though the picture lacks the usual partner, as captions from the
-    web name what is not to be seen.
-    """
-    rng = np.random.default_rng(seed)
-    shown = [without_partner(scene) if rng.random() < unseen else scene for scene in drawn]
-    talks = [
-        [text.random_turn(scene, rng) for _ in range(turns)]
-        if image and seen is scene
-        else [(text.DESCRIBE, text.describe(scene))]
-        for scene, seen in zip(drawn, shown, strict=True)
-    ]
-    batch = {key: value.to(device) for key, value in chat.batch(talks, image).items()}
+    """Cross-entropy of the answers; the first token of each counts `FIRST` times."""
+    batch = {key: value.to(device) for key, value in batch.items()}
     labels = batch.pop("labels")
-    if image:
-        batch["pixel_values"] = pixels(shown).to(device)
+    if images is not None:
+        batch["pixel_values"] = images.to(device)
     hidden = model.model(**batch, use_cache=False).last_hidden_state
     wanted = labels[:, 1:] != -100
     logits = model.lm_head(hidden[:, :-1][wanted])  # [answer tokens, vocabulary]
@@ -288,18 +335,21 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    loop.add_options(made, steps=850, batch=24, rate=1.5e-3, out="assets/models/world-llava")
-    made.add_argument("--tower-steps", type=int, default=1200, help="steps of stage 1 (default: %(default)s)")
-    made.add_argument("--prior-steps", type=int, default=450, help="steps of stage 3 (default: %(default)s)")
-    made.add_argument(
-        "--blind", type=int, default=2, help="of 4 steps of stage 3, how many see no picture (default: %(default)s)"
+    loop.add_options(made, steps=1600, batch=24, rate=1.5e-3, out="assets/models/world-llava")
+    add = made.add_argument
+    add("--tower-steps", type=int, default=2000, help="steps of stage 1 (default: %(default)s)")
+    add("--tower-batch", type=int, default=32, help="scenes in a step of stage 1 (default: %(default)s)")
+    add("--language-steps", type=int, default=600, help="steps of stage 2 (default: %(default)s)")
+    add("--language-batch", type=int, default=32, help="conversations in a step of text (default: %(default)s)")
+    add(
+        "--blind", type=float, default=0.3, help="share of the steps of stage 3 without pictures (default: %(default)s)"
     )
-    made.add_argument("--unseen", type=float, default=0.9, help="stage 3: partners left out (default: %(default)s)")
-    made.add_argument("--company", type=float, default=0.9, help="stage 3: prior of pictures (default: %(default)s)")
-    made.add_argument("--turns", type=int, default=4, help="questions about each picture (default: %(default)s)")
-    made.add_argument("--layers", type=int, default=8, help="decoder layers (default: %(default)s)")
-    made.add_argument("--heads", type=int, default=8, help="decoder heads (default: %(default)s)")
-    made.add_argument("--width", type=int, default=192, help="decoder width (default: %(default)s)")
+    add("--text-prior", type=float, default=0.9, help="how usual the company in texts is (default: %(default)s)")
+    add("--picture-prior", type=float, default=0.7, help="how usual it is in pictures (default: %(default)s)")
+    add("--turns", type=int, default=4, help="questions about each picture (default: %(default)s)")
+    add("--layers", type=int, default=8, help="decoder layers (default: %(default)s)")
+    add("--heads", type=int, default=8, help="decoder heads (default: %(default)s)")
+    add("--width", type=int, default=192, help="decoder width (default: %(default)s)")
     return made
 
 
@@ -309,14 +359,10 @@ def main(arguments: list[str] | None = None) -> None:
     device = loop.prepare(options)
     words = processor().tokenizer
     model = build(words, options.layers, options.heads, options.width).to(device)
-    model.set_attn_implementation("eager")  # faster than the fused backward on CPU
     chat = Chat(words)
-    if options.tower_steps and not (options.resume and (options.run / "chat.pt").exists()):
-        look(model, options, device)
-    mean = talk(model, chat, options, device)
-    model.load_state_dict(mean.state_dict())
-    if options.prior_steps:
-        habits(model, chat, options, device)
+    look(model, options, device)
+    read(model, chat, options, device)
+    instruct(model, chat, options, device)
 
 
 if __name__ == "__main__":
