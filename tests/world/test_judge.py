@@ -167,6 +167,41 @@ def test_softened_pictures_stay_pictures_and_repeat() -> None:
     assert 0.001 < (soft[0] - plain).abs().mean() < 0.2
 
 
+def test_spoiled_objects_are_labelled_as_none_and_the_rest_stays() -> None:
+    drawn = [sampling.sample(seed, categories=EVERY) for seed in range(80)]
+    before, (kinds, _, _) = judge.tensor([s.image() for s in drawn]), training.labels(drawn, Settings())
+    after, spoiled = before.clone(), kinds.clone()
+    training.spoil(after, spoiled, drawn, torch.Generator().manual_seed(0))
+    changed = [n for n in range(80) if not torch.equal(before[n], after[n])]
+    assert 4 <= len(changed) <= 24
+    for n, scene in enumerate(drawn):
+        where = (before[n] != after[n]).any(0)
+        hit = [
+            thing for thing in scene.objects if where[thing.box[1] : thing.box[3], thing.box[0] : thing.box[2]].any()
+        ]
+        assert len(hit) == (n in changed)
+        if not hit:
+            assert torch.equal(kinds[n], spoiled[n])
+            continue
+        left, top, right, bottom = hit[0].box
+        where[top:bottom, left:right] = False
+        assert not where.any()
+        inside = torch.zeros(GRID, GRID, dtype=torch.bool)
+        inside[top // CELL : -(-bottom // CELL), left // CELL : -(-right // CELL)] = True
+        assert (spoiled[n][inside] <= 0).all() and torch.equal(spoiled[n][~inside], kinds[n][~inside])
+
+
+def test_spoiled_objects_are_not_seen(shipped: Judge) -> None:
+    """Most of them; the judge may still know a thing by its colours."""
+    drawn = list(sampling.stream("test", 200, seed=8, count=1, categories=EVERY))
+    images = judge.tensor([s.image() for s in drawn])
+    kinds, spoiled = training.labels(drawn, Settings())[0], images.clone()
+    training.spoil(spoiled, kinds, drawn, torch.Generator().manual_seed(1))
+    hit = [n for n in range(200) if not torch.equal(images[n], spoiled[n])]
+    raw = ((spoiled[hit] + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    assert np.mean([len(scene.objects) for scene in shipped([Image.fromarray(picture) for picture in raw])]) <= 0.2
+
+
 def test_what_makes_an_object_is_chosen_on_validation_scenes(shipped: Judge) -> None:
     chosen = training.choose(Judge(shipped.network, shipped.settings), 12)
     changed = replace(chosen, cells=0, score=0, radius=0)
