@@ -85,5 +85,5 @@ def intervene(
         call.state = state
         edit = processor.react(call)
         if edit is not None:
-            edits = (*edits, edit)
+            edits = (*edits, *edit) if isinstance(edit, tuple) else (*edits, edit)
     return attend(call, edits) if edits else call.output

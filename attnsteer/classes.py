@@ -30,8 +30,8 @@ class TokenClasses:
         q_class: ``(R, Nq)`` ints below C.
         k_class: ``(R, Nk)`` ints below C.
 
-    ``parts`` holds, for each class that lacks a key of some row, its number and where its queries are, ``(R, n)``;
-    rows with fewer are filled up with Nq. Made once, on the CPU.
+    ``parts`` holds, for each class that lacks a key: its number, the rows that have such queries, and where these are,
+    ``(rows, n)``; rows with fewer are filled up with Nq. Made once, on the CPU.
 
     Raises:
         SteeringError: shapes that do not fit, classes beyond the table, or queries that would see no key at all.
@@ -40,7 +40,7 @@ class TokenClasses:
     table: Tensor
     q_class: Tensor
     k_class: Tensor
-    parts: tuple[tuple[int, Tensor], ...] = field(init=False, repr=False)
+    parts: tuple[tuple[int, tuple[int, ...], Tensor], ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         table, q_class, k_class = (x.cpu() for x in (self.table, self.q_class, self.k_class))
@@ -61,10 +61,12 @@ class TokenClasses:
             if bool((member & blind[:, c, None]).any()):
                 raise SteeringError(f"Queries of class {c} would see no key: let every class see one that exists.")
             member = member & lacks[:, c, None]
-            n = int(member.sum(1).max())
-            if n:
-                order = torch.argsort((~member).int(), dim=1, stable=True)[:, :n]
-                parts.append((c, torch.where(member.gather(1, order), order, q_class.shape[1]).to(self.q_class.device)))
+            having = member.any(1).nonzero().flatten()
+            if len(having):
+                member = member[having]
+                order = torch.argsort((~member).int(), dim=1, stable=True)[:, : int(member.sum(1).max())]
+                index = torch.where(member.gather(1, order), order, q_class.shape[1])
+                parts.append((c, tuple(having.tolist()), index.to(self.q_class.device)))
         object.__setattr__(self, "parts", tuple(parts))
 
     def visible(self, c: int) -> Tensor:
@@ -76,7 +78,7 @@ class TokenClasses:
 def mask_classes(call: AttentionCall, edit: ClassMask) -> tuple[AttentionCall, Tensor]:
     """The call whose kernel masks by class, and a bool ``(1 or B, H, 1, 1)``: the rows and heads that are masked.
 
-    Cost beside the plain call: one more for every masked query.
+    Cost beside the plain call: every masked query once more.
     """
     touched = (expand_rows(edit.weight, call.q.shape[0]).to(call.q.device) != 0)[:, :, None, None]
 
@@ -85,71 +87,73 @@ def mask_classes(call: AttentionCall, edit: ClassMask) -> tuple[AttentionCall, T
             return call.kernel(q, k, v, mask=mask)
         plain = call.output if q is call.q and k is call.k else call.kernel(q, k, v)
 
-        def part(q: Tensor, mask: Tensor) -> Tensor:
-            return call.kernel(q, k, v, mask=mask).to(plain.dtype)
+        def part(chosen: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
+            return call.kernel(chosen, k[rows], v[rows], mask=mask).to(plain.dtype)
 
-        return torch.where(touched, by_class(call, edit.classes, q, plain, part), plain)
+        return torch.where(touched, _by_class(call, edit.classes, q, plain, part), plain)
 
     return replace(call, kernel=kernel, classes=(*call.classes, edit)), touched
 
 
-def by_class(
+def _by_class(
     call: AttentionCall,
     classes: TokenClasses,
     q: Tensor,
     plain: Tensor,
-    part: Callable[[Tensor, Tensor], Tensor],
-    rows: Tensor | None = None,
+    part: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """``plain`` ``(b, H, Nq, ...)`` with the queries of masked classes computed again.
+    """``plain`` ``(B, H, Nq, ...)`` with the queries of masked classes computed again.
 
     Args:
-        part: ``(queries (b, H, n, D), mask) -> (b, H, n, ...)``.
-        rows: the batch rows that q and plain hold; None: all.
+        part: ``(queries (b, H, n, D), their rows (b,), mask) -> (b, H, n, ...)``.
     """
-    batch, n_q = call.q.shape[0], q.shape[2]
-    out = torch.cat([plain, plain[:, :, :1]], dim=2)  # one more place, where what fills up a short row may go
-    for c, index in classes.parts:
-        index, visible = (expand_rows(x, batch).to(q.device).expand(batch, -1) for x in (index, classes.visible(c)))
-        index, visible = (x if rows is None else x[rows] for x in (index, visible))
-        mask = _joined(call, visible, index, rows)
+    batch, n_q = q.shape[0], q.shape[2]
+    times = batch // classes.q_class.shape[0]
+    for c, having, index in classes.parts:
+        rows = torch.tensor([r * times + i for r in having for i in range(times)]).to(q.device, non_blocking=True)
+        index = index.repeat_interleave(times, dim=0).to(q.device)
+        visible = expand_rows(classes.visible(c), batch).expand(batch, -1).to(q.device)[rows]
         spread = index[:, None].expand(-1, q.shape[1], -1)  # (b, H, n)
-        chosen = q.gather(2, spread.clamp(max=n_q - 1)[..., None].expand(-1, -1, -1, q.shape[-1]))
+        chosen = q[rows].gather(2, spread.clamp(max=n_q - 1)[..., None].expand(-1, -1, -1, q.shape[-1]))
         place = spread.reshape(spread.shape + (1,) * (plain.dim() - 3)).expand(*spread.shape, *plain.shape[3:])
-        out = out.scatter(2, place, part(chosen, mask))
-    return out[:, :, :n_q]
+        mine = plain[rows]
+        mine = torch.cat([mine, mine[:, :, :1]], dim=2)  # one more place, where what fills up a short row may go
+        mine = mine.scatter(2, place, part(chosen, rows, _joined(call.mask, visible, index, rows)))
+        plain = plain.index_copy(0, rows, mine[:, :, :n_q])
+    return plain
 
 
-def _joined(call: AttentionCall, visible: Tensor, index: Tensor, rows: Tensor | None) -> Tensor:
+def _joined(mask: Tensor | None, visible: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     """The keys that a class sees ``(b, Nk)`` together with the mask of the call for its queries ``(b, n)``."""
     keep = visible[:, None, None]
-    mask = call.mask
     if mask is None:
         return keep
     mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
-    if rows is not None and mask.shape[0] > 1:
-        mask = mask[rows]
+    mask = mask[rows] if mask.shape[0] > 1 else mask
     if mask.shape[-2] > 1:  # a row per query: those of the class
-        mask = mask.expand(index.shape[0], -1, -1, -1)
+        mask = mask.expand(len(rows), -1, -1, -1)
         picked = index.clamp(max=mask.shape[-2] - 1)[:, None, :, None]
         mask = mask.gather(2, picked.expand(-1, mask.shape[1], -1, mask.shape[-1]))
     return mask & keep if mask.dtype == torch.bool else torch.where(keep, mask, -torch.inf)
 
 
 def log_sum_exp_rows(call: AttentionCall, rows: Tensor | None) -> Tensor:
-    """``L_i`` of every query of chosen rows over its own keys under all masks and biases so far, ``(b, H, Nq)``."""
-    q, k, v = (x if rows is None else x[rows] for x in (call.q, call.k, call.v))
-    mask = call.mask
-    if mask is not None and rows is not None and mask.dim() == 4 and mask.shape[0] > 1:
-        mask = mask[rows]
-    scale = call.softmax_scale
-    lse = attend_with_lse(q, k, v, mask=mask, scale=scale, is_causal=call.is_causal)[1]
+    """``L_i`` of every query of chosen rows (None: all) over its own keys under all masks and biases so far,
+    ``(b, H, Nq)``."""
+    q, k, v, mask, scale = call.q, call.k, call.v, call.mask, call.softmax_scale
+    own = q, k, v
+    if rows is not None:
+        own = q[rows], k[rows], v[rows]
+        mask = mask[rows] if mask is not None and mask.dim() == 4 and mask.shape[0] > 1 else mask
+    lse = attend_with_lse(*own, mask=mask, scale=scale, is_causal=call.is_causal)[1]
+    if not call.classes:
+        return lse
+    whole = lse if rows is None else lse.new_zeros(len(q), *lse.shape[1:]).index_copy(0, rows, lse)
 
-    def part(q: Tensor, mask: Tensor) -> Tensor:
-        return attend_with_lse(q, k, v, mask=mask, scale=scale)[1]
+    def part(chosen: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
+        return attend_with_lse(chosen, k[rows], v[rows], mask=mask, scale=scale)[1]
 
     for edit in call.classes:
-        weight = expand_rows(edit.weight, call.q.shape[0]).to(lse.device)
-        weight = weight if rows is None or weight.shape[0] == 1 else weight[rows]
-        lse = torch.where((weight != 0)[..., None], by_class(call, edit.classes, q, lse, part, rows), lse)
-    return lse
+        touched = (expand_rows(edit.weight, len(q)).to(lse.device) != 0)[..., None]
+        whole = torch.where(touched, _by_class(call, edit.classes, q, whole, part), whole)
+    return whole if rows is None else whole[rows]

@@ -156,6 +156,8 @@ class Segments:
 
 
 Edit: TypeAlias = ClassMask | KeyBias | Segments | Mix | Scale
+Reaction: TypeAlias = Edit | tuple[Edit, ...] | None
+"""What a processor answers to a call."""
 ORDER: tuple[type, ...] = (ClassMask, KeyBias, Segments, Mix, Scale)
 
 

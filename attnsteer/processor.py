@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
-from .edits import Edit
+from .edits import Edit, Reaction
 from .errors import SteeringError
 from .site import AttentionCall, Kind, Site
 from .where import Where
@@ -47,8 +47,9 @@ class Processor:
         """The edit at a site, with tensors of one row (``(1, H)``); None where the method needs nothing there."""
         return None
 
-    def react(self, call: AttentionCall) -> Edit | None:
-        """The edit for one kernel call, with tensors of all its rows; None for the untouched kernel."""
+    def react(self, call: AttentionCall) -> Reaction:
+        """The edit for one kernel call, with tensors of all its rows, or a tuple of several; None for the untouched
+        kernel."""
         return None
 
     def guidance(self, timestep: float) -> float:

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .edits import Edit, restrict, sources
+from .edits import Edit, Reaction, restrict, sources
 from .errors import SteeringError
 from .scheduler import Plan, plans_of
 from .site import AttentionCall, Site
@@ -17,7 +17,7 @@ from .site import AttentionCall, Site
 class Reacts(Protocol):
     """Whatever answers an attention call with an edit."""
 
-    def react(self, call: AttentionCall) -> Edit | None: ...
+    def react(self, call: AttentionCall) -> Reaction: ...
 
 
 class Within:
@@ -27,13 +27,14 @@ class Within:
     def __init__(self, inner: Reacts, mask: Tensor, mine: Sequence[bool]):
         self.inner, self.mask, self.mine = inner, mask, mine
 
-    def react(self, call: AttentionCall) -> Edit | None:
+    def react(self, call: AttentionCall) -> Reaction:
         edit = self.inner.react(call)
         if edit is None:
             return None
-        lanes = max(1, len(call.lanes))
-        self._check_sources(edit, call.q.shape[0] // lanes)
-        return restrict(edit, self.mask, lanes)
+        lanes, edits = max(1, len(call.lanes)), edit if isinstance(edit, tuple) else (edit,)
+        for one in edits:
+            self._check_sources(one, call.q.shape[0] // lanes)
+        return tuple(restrict(one, self.mask, lanes) for one in edits)
 
     def _check_sources(self, edit: Edit, rows: int) -> None:
         """Rows that share something must belong to one processor: whose rows they are is all that a lane knows."""
@@ -55,9 +56,8 @@ class Silent:
     def __init__(self, inner: Reacts):
         self.inner = inner
 
-    def react(self, call: AttentionCall) -> Edit | None:
+    def react(self, call: AttentionCall) -> None:
         self.inner.react(call)
-        return None
 
 
 def limited(plan: Plan, site: Site, rows: Sequence[Sequence[Plan]], device: torch.device) -> Reacts:

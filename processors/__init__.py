@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from attnsteer.processor import Processor
 
     from .consistent_self_attention import ConsistentSelfAttention
+    from .ir_diffusion import IRDiffusion
     from .pag import PAG
     from .seg import SEG
     from .shared_self_attention import SharedSelfAttention
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 GROUP = "attnsteer.processors"
 _SHIPPED = {
     "ConsistentSelfAttention": "consistent_self_attention",
+    "IRDiffusion": "ir_diffusion",
     "PAG": "pag",
     "SEG": "seg",
     "SharedSelfAttention": "shared_self_attention",
@@ -32,7 +34,18 @@ _SHIPPED = {
     "VHR": "vhr",
 }
 
-__all__ = ["PAG", "SEG", "VHD", "VHR", "ConsistentSelfAttention", "SharedSelfAttention", "SoftPAG", "available", "get"]
+__all__ = [
+    "PAG",
+    "SEG",
+    "VHD",
+    "VHR",
+    "ConsistentSelfAttention",
+    "IRDiffusion",
+    "SharedSelfAttention",
+    "SoftPAG",
+    "available",
+    "get",
+]
 
 
 def _plugins() -> dict[str, EntryPoint]:
