@@ -225,7 +225,8 @@ def _session(
     from .hosts.diffusion import DiffusionSession
 
     find_scheduler = (lambda: target.scheduler) if is_pipeline(target) else (lambda: scheduler)
-    return DiffusionSession(lambda: models_of(target), find_scheduler, rows, cfg)
+    pipe = target if is_pipeline(target) else None
+    return DiffusionSession(lambda: models_of(target), find_scheduler, rows, cfg, pipe)
 
 
 def refusals(
@@ -248,9 +249,14 @@ def refusals(
         from .hosts import causal_lm
 
         return reasons + causal_lm.refusals(models[0], rows)
-    from .hosts import denoisers
+    from .hosts import denoisers, nurse
 
-    return reasons + denoisers.refusals(models, rows, pipeline or scheduler is not None, cfg)
+    steps = getattr(target, "scheduler", None) if pipeline else scheduler
+    return [
+        *reasons,
+        *denoisers.refusals(models, rows, steps is not None, cfg),
+        *nurse.refusals(models, rows, steps, target if pipeline else None),
+    ]
 
 
 def rows_given(

@@ -4,10 +4,11 @@
 |---|---|---|
 | ``probabilities`` | ``A[rows, columns]`` | ``exp(s - L)`` from q, k and a fused log-sum-exp |
 | ``column_mass`` | mass of every query on sets of keys | the fused kernel with indicators as values |
+| ``token_columns`` | ``A[image, text keys]``, keys chosen per batch row | explicit softmax, or ``column_mass`` |
 | ``row_mass`` | mass that every key gets from a set of queries | the fused kernel with queries and keys exchanged |
 | ``Capture`` | a processor that records ``probabilities`` | attach it like any other |
 
-All know grouped-query attention, masks and causal order; the first two have exact gradients. They read the map of the
+All know grouped-query attention, masks and causal order; the first three have exact gradients. They read the map of the
 model, before the edits of the same call.
 """
 
@@ -119,6 +120,30 @@ def column_mass(call: AttentionCall, indicator: Tensor) -> Tensor:
         parts.append(mass[..., : part.shape[-1]])
     total = torch.cat(parts, dim=-1)
     return total if indicator.dim() == 3 else total[..., 0]
+
+
+def token_columns(call: AttentionCall, columns: Tensor) -> Tensor:
+    """The columns of chosen text keys, image queries alone, with exact gradients.
+
+    Cross-attention has few keys, so its softmax is explicit; a joint map is never built (``column_mass``).
+
+    Args:
+        columns: int ``(B, m)``, positions among the text keys; they may differ per batch row.
+
+    Returns:
+        ``(B, H, image queries, m)`` float32 (float64 for float64 calls).
+    """
+    if call.spans is None or not isinstance(call.spans.text, slice) or not isinstance(call.spans.image, slice):
+        raise SteeringError(f"The token layout of {call.site.name!r} is unknown: its text columns cannot be read.")
+    if call.site.kind == "cross":
+        logits = plain_logits(call.q, call.k, call.softmax_scale)
+        weights = torch.softmax(logits if call.mask is None else logits + additive(call.mask, logits.dtype), dim=-1)
+        return weights.gather(-1, columns[:, None, None].expand(*weights.shape[:3], -1))
+    image = slice(*call.spans.image.indices(call.k.shape[2]))
+    start = call.spans.text.indices(call.k.shape[2])[0]
+    indicator = torch.zeros(columns.shape[0], call.k.shape[2], columns.shape[1], device=columns.device)
+    indicator = indicator.scatter(1, columns[:, None] + start, 1.0)
+    return column_mass(replace(call, q=call.q[:, :, image], visible=call.mask_rows(image)), indicator)
 
 
 def row_mass(call: AttentionCall, weight: Tensor) -> Tensor:

@@ -13,12 +13,14 @@ from typing import Any
 
 from torch import Tensor
 
-StepHook = Callable[[Tensor], Tensor]
-"""Gets the model output that arrives at ``scheduler.step`` and returns the one that the scheduler shall see."""
+StepHook = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+"""Gets the model output and the sample that arrive at ``scheduler.step`` and returns those that the scheduler shall
+see. The sample is None where the scheduler takes it in another way."""
 
 
-class _Method:
-    """A wrapped method of a scheduler. Pipelines read its signature; a copied or pickled scheduler gets a plain one."""
+class Method:
+    """A wrapped method of a scheduler or pipeline. Pipelines read its signature; a copied or pickled owner gets a plain
+    one."""
 
     __name__: str
 
@@ -119,18 +121,24 @@ class Clock:
         def advance(*args: Any, **kwargs: Any) -> Any:
             if not self._attached:  # somebody else's wrapper still calls us
                 return step(*args, **kwargs)
+            given = dict(zip(("model_output", "timestep", "sample"), args, strict=False)) | kwargs
+            output, sample = self._on_step(given["model_output"], given.get("sample"))
             if "model_output" in kwargs:
-                kwargs["model_output"] = self._on_step(kwargs["model_output"])
+                kwargs["model_output"] = output
             else:
-                args = (self._on_step(args[0]), *args[1:])
+                args = (output, *args[1:])
+            if "sample" in kwargs:
+                kwargs["sample"] = sample
+            elif len(args) > 2:
+                args = (*args[:2], sample, *args[3:])
             try:
                 return step(*args, **kwargs)
             finally:
                 self.index += 1
 
         ours = {
-            "set_timesteps": _Method(scheduler, set_timesteps, start),
-            "step": _Method(scheduler, step, advance),
+            "set_timesteps": Method(scheduler, set_timesteps, start),
+            "step": Method(scheduler, step, advance),
         }
         vars(scheduler).update(ours)
         return ours

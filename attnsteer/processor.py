@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from .edits import Edit, Reaction
 from .errors import SteeringError
 from .site import AttentionCall, Kind, Site
 from .where import Where
+
+if TYPE_CHECKING:
+    from .nursing import Nursing
 
 P = TypeVar("P", bound="Processor")
 
@@ -19,8 +22,9 @@ P = TypeVar("P", bound="Processor")
 class Processor:
     """Base of all methods: a frozen dataclass of the method's hyper-parameters.
 
-    A method overrides ``plan`` where the edit does not depend on the data (asked once per site at attach), or ``react``
-    where it does (asked in every kernel call). The class attributes say where the method may act:
+    A method overrides ``plan`` where the edit does not depend on the data (asked once per site at attach), ``react``
+    where it does (asked in every kernel call), or ``nursing`` where it moves the latent instead (asked once at attach).
+    The class attributes say where the method may act:
 
     * ``kinds``: kinds of sites, in order of preference (see ``Where.select``);
     * ``lanes``: rows beyond the plain ones that the method needs: ``"perturbed"`` (a second prediction of the
@@ -50,6 +54,11 @@ class Processor:
     def react(self, call: AttentionCall) -> Reaction:
         """The edit for one kernel call, with tensors of all its rows, or a tuple of several; None for the untouched
         kernel."""
+        return None
+
+    def nursing(self) -> Nursing | None:
+        """A loss on the maps of words that the latent follows before each step (``attnsteer.nursing``); None where the
+        method has none."""
         return None
 
     def guidance(self, timestep: float) -> float:

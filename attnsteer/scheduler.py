@@ -15,7 +15,8 @@ import torch
 
 from .attend import conflicts
 from .edits import BlurredQuery, Edit, KeyBias, Mix, stack_rows
-from .errors import SteeringError
+from .errors import SteeringError, WhereError
+from .nursing import Nursing
 from .processor import Processor
 from .site import Site
 from .where import Selection, Where
@@ -28,7 +29,8 @@ Rows = tuple[tuple["Plan", ...], ...]
 class Plan:
     """One processor on one model: what it selected and what it wants there.
 
-    ``edits`` holds the data-independent edits; ``states`` one dict per site for processors that react to data.
+    ``edits`` holds the data-independent edits; ``states`` one dict per site for processors that react to data;
+    ``nursing`` the loss that the latent follows.
     """
 
     processor: Processor
@@ -36,6 +38,7 @@ class Plan:
     selection: Selection
     edits: Mapping[Site, Edit]
     states: Mapping[Site, dict[str, Any]] = field(default_factory=dict)
+    nursing: Nursing | None = None
 
     @property
     def guides(self) -> bool:
@@ -69,7 +72,7 @@ def make_plan(processor: Processor, sites: Sequence[Site]) -> Plan:
         raise SteeringError(reasons)
     wanted = {site: processor.plan(site, heads) for site, heads in selection.items()}
     edits = {site: edit for site, edit in wanted.items() if edit is not None}
-    return Plan(processor, where, selection, edits, {site: {} for site in selection})
+    return Plan(processor, where, selection, edits, {site: {} for site in selection}, processor.nursing())
 
 
 def plans_of(rows: Sequence[Sequence[Plan]]) -> list[Plan]:
@@ -84,6 +87,21 @@ def row_conflicts(rows: Rows) -> list[str]:
         for site in wanted_sites((row,)):
             found += conflicts([plan.edits[site] for plan in row if site in plan.edits])
     return list(dict.fromkeys(found))
+
+
+def check_steps(rows: Rows, total: int) -> None:
+    """Refuse steps that a schedule does not have: they would make a processor a silent no-op.
+
+    Raises:
+        WhereError: a processor that would act in none of the ``total`` steps.
+    """
+    for plan in plans_of(rows):
+        steps = plan.where.steps
+        if not isinstance(steps, Mapping) and not any(plan.where.active(i, total) for i in range(total)):
+            raise WhereError(
+                f"steps={steps!r} of {type(plan.processor).__name__} selects none of the steps of this "
+                f"schedule: its positions are 0 to {total - 1}."
+            )
 
 
 def row_of(rows: Rows, index: int, total: int) -> tuple[Plan, ...]:

@@ -30,6 +30,7 @@ class Site:
         order: token order along a joint sequence, e.g. ``("image", "text")``; empty elsewhere.
         rotary: how positions turn queries and keys before the kernel: ``none``, ``pairs`` (pairs of channels, and the
             host can give ``Spans.rotary``), or ``unknown``.
+        level: how often the latent was halved where the site works (UNets); None where all sites see one size.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Site:
     head_dim: int
     order: tuple[str, ...] = ()
     rotary: Literal["none", "pairs", "unknown"] = "none"
+    level: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

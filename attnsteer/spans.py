@@ -100,22 +100,34 @@ def find_words(tokenizer: Any, ids: Tensor, words: str | Sequence[str]) -> Tenso
     return torch.tensor(found, dtype=torch.bool, device=ids.device).reshape(ids.shape)
 
 
+def find_each(tokenizer: Any, ids: Sequence[int], word: str) -> list[tuple[int, ...]]:
+    """The tokens of every occurrence of a word or phrase in a sequence, one tuple of positions for each.
+
+    Matched as ``find_words`` does.
+    """
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    return _occurrences(token_bytes(tokenizer, ids, set(getattr(tokenizer, "all_special_ids", ()))), word)
+
+
 def _spelled(pieces: Sequence[bytes], words: Iterable[str]) -> list[bool]:
+    found = {i for word in words for occurrence in _occurrences(pieces, word) for i in occurrence}
+    return [i in found for i in range(len(pieces))]
+
+
+def _occurrences(pieces: Sequence[bytes], word: str) -> list[tuple[int, ...]]:
     text = b"".join(pieces)
     starts = [0]
     for piece in pieces:
         starts.append(starts[-1] + len(piece))
-    hit = [False] * len(pieces)
-    for word in words:
-        body = rb"\s*".join(re.escape(part.encode()) for part in word.split())
-        before, after = (rb"(?<![0-9A-Za-z])", rb"(?![0-9A-Za-z])")  # a CJK neighbour does not continue a word
-        for match in re.finditer(before + body + after, text, re.IGNORECASE):
-            for i in range(len(pieces)):
-                if len(pieces[i]) and starts[i] < match.end() and starts[i + 1] > match.start():
-                    hit[i] = hit[i] or bool(
-                        text[max(starts[i], match.start()) : min(starts[i + 1], match.end())].strip()
-                    )
-    return hit
+    body = rb"\s*".join(re.escape(part.encode()) for part in word.split())
+    before, after = (rb"(?<![0-9A-Za-z])", rb"(?![0-9A-Za-z])")  # a CJK neighbour does not continue a word
+    found = []
+    for match in re.finditer(before + body + after, text, re.IGNORECASE):
+        inside = [i for i in range(len(pieces)) if starts[i] < match.end() and starts[i + 1] > match.start()]
+        spelled = [i for i in inside if text[max(starts[i], match.start()) : min(starts[i + 1], match.end())].strip()]
+        if spelled:
+            found.append(tuple(spelled))
+    return found
 
 
 def token_bytes(tokenizer: Any, ids: Sequence[int], special: Iterable[int] = ()) -> list[bytes]:

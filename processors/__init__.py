@@ -13,23 +13,35 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from attnsteer.processor import Processor
 
+    from .a_star import AStar
+    from .attend_and_excite import AttendAndExcite
+    from .conform import Conform
     from .consistent_self_attention import ConsistentSelfAttention
+    from .divide_and_bind import DivideAndBind
+    from .focus import Focus
     from .ir_diffusion import IRDiffusion
     from .pag import PAG
     from .seg import SEG
     from .shared_self_attention import SharedSelfAttention
     from .softpag import SoftPAG
+    from .syngen import SynGen
     from .vhd import VHD
     from .vhr import VHR
 
 GROUP = "attnsteer.processors"
 _SHIPPED = {
+    "AStar": "a_star",
+    "AttendAndExcite": "attend_and_excite",
+    "Conform": "conform",
     "ConsistentSelfAttention": "consistent_self_attention",
+    "DivideAndBind": "divide_and_bind",
+    "Focus": "focus",
     "IRDiffusion": "ir_diffusion",
     "PAG": "pag",
     "SEG": "seg",
     "SharedSelfAttention": "shared_self_attention",
     "SoftPAG": "softpag",
+    "SynGen": "syngen",
     "VHD": "vhd",
     "VHR": "vhr",
 }
@@ -39,10 +51,16 @@ __all__ = [
     "SEG",
     "VHD",
     "VHR",
+    "AStar",
+    "AttendAndExcite",
+    "Conform",
     "ConsistentSelfAttention",
+    "DivideAndBind",
+    "Focus",
     "IRDiffusion",
     "SharedSelfAttention",
     "SoftPAG",
+    "SynGen",
     "available",
     "get",
 ]

@@ -80,10 +80,10 @@ def test_other_packages_add_processors_by_an_entry_point(monkeypatch: pytest.Mon
     sys.modules.setdefault(__name__, sys.modules[Mine.__module__])
     there = [entry("Mine", "Mine"), entry("Wrong", "ROOT"), entry("SoftPAG", "Mine")]
     monkeypatch.setattr(processors, "entry_points", lambda group: there if group == processors.GROUP else [])
-    assert processors.available() == ("PAG", "SEG", "SoftPAG", "VHD", "VHR", "Mine", "Wrong")
+    assert processors.available() == (*sorted(processors._SHIPPED), "Mine", "Wrong")
     assert processors.Mine is Mine
     assert processors.SoftPAG is not Mine, "a package must not replace a shipped processor"
     with pytest.raises(SteeringError, match="no subclass of attnsteer.Processor"):
         processors.get("Wrong")
-    with pytest.raises(SteeringError, match="there are: PAG, SEG"):
+    with pytest.raises(SteeringError, match="there are: .*PAG, SEG, .*VHR"):
         processors.get("Nonsense")

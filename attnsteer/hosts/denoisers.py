@@ -16,7 +16,7 @@ import torch
 from ..errors import SteeringError
 from ..scheduler import Rows, plans_of
 from ..site import Kind, Site, Spans
-from .base import unwrap
+from .base import take_rows, unwrap
 from .diffusers_seam import attention_modules
 
 Inputs = Mapping[str, Any]
@@ -298,18 +298,22 @@ def sites(model: torch.nn.Module) -> list[Site]:
         parent, _, part = name.rpartition(".")
         layer = layers.setdefault(parent, len(layers))
         kind = kinds.get(part, "unknown")
-        found.append(_site(name, module, kind, layer, index, family.order if family and kind == "joint" else ()))
+        order = family.order if family and kind == "joint" else ()
+        level = unet_level(model, name) if family is UNET else None
+        found.append(_site(name, module, kind, layer, index, order, level))
     if family is None:
         return found
     known: Literal["pairs", "unknown"] = "pairs" if family.rotary else "unknown"
     return [replace(s, rotary=known if s.name.rpartition(".")[2] in family.turned else "none") for s in found]
 
 
-def _site(name: str, module: Any, kind: Kind, layer: int, index: int, order: tuple[str, ...]) -> Site:
+def _site(
+    name: str, module: Any, kind: Kind, layer: int, index: int, order: tuple[str, ...], level: int | None
+) -> Site:
     heads = module.heads
     head_dim = module.inner_dim // heads
     kv_dim = getattr(module, "inner_kv_dim", module.inner_dim)
-    return Site(name, kind, layer, index, heads, kv_dim // head_dim, head_dim, order)
+    return Site(name, kind, layer, index, heads, kv_dim // head_dim, head_dim, order, level=level)
 
 
 def spans(
@@ -345,6 +349,12 @@ def sample_of(family: Family | None, inputs: Inputs) -> torch.Tensor:
         if isinstance(inputs.get(name), torch.Tensor):
             return inputs[name]
     raise SteeringError(f"The denoiser was called without a noisy sample: expected is {' or '.join(names)}.")
+
+
+def rows_of(family: Family | None, inputs: Inputs, rows: torch.Tensor, batch: int) -> dict[str, Any]:
+    """The inputs of chosen rows of a call; lists with an entry per row wait for the host (``Family.lists``)."""
+    names = family.rows if family else tuple(inputs)
+    return {k: take_rows(v, rows, batch) if k in names else v for k, v in inputs.items()}
 
 
 def layout_key(family: Family | None, inputs: dict[str, Any]) -> tuple[Any, ...]:

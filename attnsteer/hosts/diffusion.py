@@ -18,27 +18,20 @@ from torch import Tensor
 
 from ..binding import Binding
 from ..clock import Clock
-from ..errors import NotReachedError, SteeringError, WhereError
+from ..errors import NotReachedError, SteeringError
 from ..fork import Tape, stages_before, why_no_fork
 from ..lanes import cfg_lanes
 from ..logits import compute_dtype
+from ..nursing import Moment
 from ..reacting import limited, reacting
-from ..scheduler import Plan, Rows, merge_edits, needs_grid, plans_of, row_of, wanted_sites
+from ..scheduler import Plan, Rows, check_steps, row_of, wanted_sites
 from ..site import Site
-from . import denoisers
-from .base import (
-    Call,
-    copy_nest,
-    intercept,
-    intercepted,
-    is_compiled,
-    named_inputs,
-    prediction,
-    take_rows,
-    unwrap,
-)
+from . import denoisers, nurse
+from .base import Call, copy_nest, intercept, intercepted, is_compiled, named_inputs, prediction, unwrap
+from .bindings import Bindings
 from .carry import steering
 from .diffusers_seam import arm
+from .nurse import Nurse
 
 PlanRows = tuple[tuple[Plan, ...], ...]
 WARM_UPS = 2
@@ -78,6 +71,7 @@ class DiffusionSession:
         find_scheduler: the scheduler as the pipeline has it now; gives None for a bare denoiser.
         rows: the plans of every row.
         cfg: order of the two parts of a batch that holds both branches of classifier-free guidance.
+        pipe: the pipeline, where there is one.
     """
 
     def __init__(
@@ -86,6 +80,7 @@ class DiffusionSession:
         find_scheduler: Callable[[], Any],
         rows: Rows,
         cfg: tuple[str, ...] | None = None,
+        pipe: Any = None,
     ):
         self._find_models = find_models
         self._find_scheduler = find_scheduler
@@ -96,8 +91,10 @@ class DiffusionSession:
         self._intercepted: list[tuple[torch.nn.Module, Callable[[], None]]] = []
         self._forward: _Forward | None = None
         self._unused = 0  # recorded forwards in a row that no step of the scheduler followed
-        self._prepared: dict[Any, dict[Site, Binding]] = {}
+        self._bindings = Bindings()
         self._constants: dict[Any, Tensor] = {}
+        self._pipe = pipe
+        self._nurse = Nurse(rows, pipe, self._nursed, self._parts)
         self._names = [site.name for site in wanted_sites(rows)]
         self.extra_rows = 0  # rows computed for perturbed lanes so far
         self.unforked: dict[str, int] = {}  # why whole forwards were needed, and how often
@@ -106,6 +103,7 @@ class DiffusionSession:
     def start(self) -> None:
         self._arm()
         self._follow_scheduler()
+        self._nurse.start()
 
     def stop(self) -> None:
         lost = [type(m).__name__ for m, restore in self._intercepted if not intercepted(m, restore)]
@@ -116,8 +114,9 @@ class DiffusionSession:
         if self._clock:
             self._clock.detach()
             self._clock = None
+        self._nurse.stop()
         self._forward = None
-        self._prepared.clear()
+        self._bindings.clear()
         self._constants.clear()
         if lost and bare:  # with a scheduler the next run would have noticed
             raise NotReachedError(
@@ -129,7 +128,9 @@ class DiffusionSession:
         """See every call of the denoisers and every kernel call of the selected sites, also after the user compiled the
         model, loaded an adapter or swapped processors since attaching."""
         models = list(self._find_models())
-        reasons = denoisers.refusals(models, self.rows, self._find_scheduler() is not None, self._cfg)
+        scheduler = self._find_scheduler()
+        reasons = denoisers.refusals(models, self.rows, scheduler is not None, self._cfg)
+        reasons += nurse.refusals(models, self.rows, scheduler, self._pipe)
         if reasons:
             raise SteeringError(reasons)
         standing = {id(m) for m, restore in self._intercepted if intercepted(m, restore)}
@@ -159,26 +160,16 @@ class DiffusionSession:
     def _on_start(self) -> None:
         """A run begins: nothing of the last one is kept."""
         self._forward, self._unused = None, 0
-        self._prepared.clear()
+        self._bindings.clear()
         self._constants.clear()
+        self._nurse.begin()
         self._arm()
         for row in self.rows:
             for plan in row:
                 for state in plan.states.values():
                     state.clear()
         if self._clock and self._clock.running:
-            self._check_steps(self._clock)
-
-    def _check_steps(self, clock: Clock) -> None:
-        """Steps that this schedule does not have would make a processor a silent no-op."""
-        for plan in plans_of(self.rows):
-            steps = plan.where.steps
-            sigma = isinstance(steps, Mapping)
-            if not sigma and not any(plan.where.active(i, clock.total) for i in range(clock.total)):
-                raise WhereError(
-                    f"steps={steps!r} of {type(plan.processor).__name__} selects none of the steps of this "
-                    f"schedule: its positions are 0 to {clock.total - 1}."
-                )
+            check_steps(self.rows, self._clock.total)
 
     # ---- the normal forward ------------------------------------------------------------------------------------------
     def _around(self, model: torch.nn.Module, compiled: bool) -> Callable[..., Any]:
@@ -189,6 +180,11 @@ class DiffusionSession:
             inputs = named_inputs(model, args, kwargs)
             if self._clock:
                 self._clock.enter(inputs.get("timestep"))
+                nursing = self._active(lambda plan: plan.nursing is not None)
+                if any(nursing):
+                    now = Moment(self._clock.index, self._clock.total, self._clock.timestep)
+                    args, kwargs = self._nurse.before(model, call, args, kwargs, nursing, now)
+                    inputs = named_inputs(model, args, kwargs)
             family = denoisers.family_of(model)
             plain = self._active(lambda plan: not plan.guides)
             guiding = self._active(lambda plan: plan.guides)
@@ -261,7 +257,7 @@ class DiffusionSession:
                     "num_images_per_prompt=1."
                 )
             rows = plain * (batch // len(plain))
-        bindings, device = self._bindings(model, inputs, rows), denoisers.sample_of(family, inputs).device
+        bindings, device = self._bindings.of(model, inputs, rows), denoisers.sample_of(family, inputs).device
         lanes = self._lanes(model, batch) if len(plain) > 1 else {}
         now = self._clock.index if self._clock and self._clock.running else 0
         for site, binding in bindings.items():
@@ -281,7 +277,11 @@ class DiffusionSession:
         return self._cfg or (family.cfg if family else ("uncond", "cond"))
 
     # ---- the perturbed lane ------------------------------------------------------------------------------------------
-    def _on_step(self, model_output: Tensor) -> Tensor:
+    def _on_step(self, model_output: Tensor, sample: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What the scheduler gets: the prediction with guidance, and the latent that the prediction was made from."""
+        return self._nurse.at_step(self._guided(model_output), sample)
+
+    def _guided(self, model_output: Tensor) -> Tensor:
         """Add guidance to the prediction that the scheduler is about to use."""
         plain = any(not plan.guides for row in self.rows for plan in row)
         if len(self.rows) > 1 and plain and model_output.shape[0] != len(self.rows):
@@ -342,20 +342,13 @@ class DiffusionSession:
     ) -> Any:
         """One forward of the perturbed rows alone, from the fork on where that is safe."""
         family = denoisers.family_of(forward.model)
-        names = family.rows if family else tuple(forward.inputs)
-        inputs = {k: take_rows(v, rows, batch) if k in names else v for k, v in forward.inputs.items()}
+        inputs = denoisers.rows_of(family, forward.inputs, rows, batch)
         for name in family.lists if family else ():
             if len(inputs[name]) == batch:
                 inputs[name] = [inputs[name][first + lane.row] for lane in lanes]
         plain = self._active(lambda plan: not plan.guides)
         wanted = [(*row_of(plain, lane.row, samples), lane.plan) for lane in lanes]
-        bindings, device = self._bindings(forward.model, inputs, wanted), rows.device
-        for site, binding in bindings.items():  # what they keep is that of the normal forward
-            binding.reactors = tuple(
-                (limited(plan, site, wanted, device), dict(plan.states[site]))
-                for plan in reacting(wanted, site)
-                if not plan.processor.reads_only
-            )
+        bindings = self._bindings.again(forward.model, inputs, wanted)
         why = forward.why_whole or (forward.tape.refusal if forward.tape else None)
         if why:
             self.unforked[why] = self.unforked.get(why, 0) + 1
@@ -368,32 +361,16 @@ class DiffusionSession:
         with steering(forward.model, behind), forward.tape.replaying(rows, batch):
             return forward.call(**inputs)
 
+    def _nursed(
+        self, model: torch.nn.Module, inputs: dict[str, Any], samples: int, pictures: Sequence[int]
+    ) -> dict[Site, Binding]:
+        """The bindings of the edits in force on the conditional rows of these pictures."""
+        plain = self._active(lambda plan: not plan.guides)
+        return self._bindings.again(model, inputs, [row_of(plain, picture, samples) for picture in pictures])
+
     def _constant(self, values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A small tensor that stays on the device: making it anew in each step would wait for the device."""
         key = (values, dtype, device)
         if key not in self._constants:
             self._constants[key] = torch.tensor(values, dtype=dtype, device=device)
         return self._constants[key]
-
-    # ---- bindings ----------------------------------------------------------------------------------------------------
-    def _bindings(
-        self, model: torch.nn.Module, inputs: dict[str, Any], rows: Sequence[tuple[Plan, ...]]
-    ) -> dict[Site, Binding]:
-        """A binding for every site at which a row wants something, made once for each arrangement of rows."""
-        family = denoisers.family_of(model)
-        device = denoisers.sample_of(family, inputs).device
-        shape = denoisers.layout_key(family, inputs)
-        key = (id(model), device, shape, tuple(tuple(map(id, row)) for row in rows))
-        if key not in self._prepared:
-            made = {}
-            for site in wanted_sites(rows):
-                edits = merge_edits(rows, site, device)
-                reactors = reacting(rows, site)
-                if edits or reactors:
-                    needs = {need for plan in reactors for need in plan.processor.needs}
-                    grid = "grid" in needs or needs_grid(edits)
-                    layout = denoisers.spans(model, family, inputs, site, grid, "rotary" in needs)
-                    turn = denoisers.main_call(family, site, unwrap(model).get_submodule(site.name))
-                    made[site] = Binding(site, edits, spans=layout, main_call=turn)
-            self._prepared[key] = made
-        return self._prepared[key]

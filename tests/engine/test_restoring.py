@@ -139,7 +139,7 @@ def test_a_pipeline_is_freed_after_detaching_and_its_handle_alone_is_harmless() 
     state = steering.session.__dict__
     assert state["_forward"] is None
     assert not state["_intercepted"]
-    assert not state["_prepared"]
+    assert not state["_bindings"]._made
 
 
 def test_two_models_are_steered_independently_and_the_last_detach_removes_the_wrappers() -> None:
