@@ -158,8 +158,8 @@ def main(arguments: list[str] | None = None) -> None:
         drawn = [sampling.sample(s, categories=settings.categories, split="train", style=STYLE) for s in seeds]
         source, pictures, wanted = loop.generator(options.seed, step), pixels(drawn), labels(drawn, settings)
         spoil(pictures, wanted[0], drawn, source)
-        pictures, wanted = soften(pictures, source).to(device), tuple(label.to(device) for label in wanted)
-        return cell_loss(model(pictures.contiguous(memory_format=torch.channels_last)), wanted)
+        pictures = soften(pictures, source).to(device).contiguous(memory_format=torch.channels_last)
+        return cell_loss(model(pictures), [label.to(device) for label in wanted])
 
     loop.fit(
         model,
