@@ -43,7 +43,8 @@ def add(subparsers: Any) -> None:
     )
     parser.description = (
         f"{parser.description} Writes heads.json (for SoftPAG.from_search), heatmap.png and sheet.png. A killed search"
-        " goes on where it was when it is started again; `accelerate launch -m attnsteer search ...` deals it out."
+        " goes on where it was when it is started again. `accelerate launch --multi_gpu -m attnsteer search ...` (or"
+        " torchrun, also without GPUs) deals it to several processes."
     )
     add_model(parser)
     _add_pairs(parser.add_argument_group("prompts and objective"))

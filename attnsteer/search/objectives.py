@@ -41,6 +41,11 @@ class Objective:
         """The score of a candidate; None where it fails a threshold."""
         raise NotImplementedError
 
+    @property
+    def leaves(self) -> list[Objective]:
+        """The objectives that look at pictures."""
+        return [self]
+
 
 class _Single(Objective):
     """One number a picture."""
@@ -255,9 +260,13 @@ class _Combined(Objective):
     def settings(self) -> Mapping[str, Any]:
         return {"objective": "several", "parts": [dict(part.settings) for part in self.parts]}
 
+    @property
+    def leaves(self) -> list[Objective]:
+        return [leaf for part in self.parts for leaf in part.leaves]
+
     def __call__(self, images: Sequence[Any], prompts: Sequence[str]) -> Columns:
         columns: Columns = {}
-        for part in self.parts:
+        for part in {id(leaf): leaf for leaf in self.leaves}.values():  # one that serves twice is asked once
             for name, values in part(images, prompts).items():
                 if name in columns:
                     raise SteeringError(f"Two parts of the objective are called {name!r}: each needs its own name.")

@@ -1,4 +1,4 @@
-"""Several processes of one search: `accelerate launch` (or torchrun) starts them and numbers them."""
+"""Several processes of one search: `accelerate launch --multi_gpu` or `torchrun` starts them and numbers them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ class Ranks:
     def __init__(self) -> None:
         self.rank, self.count = 0, 1
         self._state: Any = None
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if _launched() > 1:
+            import torch
             from accelerate import PartialState
 
-            self._state = PartialState()
+            # without the word that there is no GPU, each process would take itself for the only one
+            self._state = PartialState(cpu=not torch.cuda.is_available())
             self.rank, self.count = self._state.process_index, self._state.num_processes
 
     def wait(self) -> None:
@@ -31,4 +33,8 @@ class Ranks:
     @staticmethod
     def local() -> int | None:
         """Number of this process on its machine; None where it is the only one."""
-        return int(os.environ.get("LOCAL_RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+        return int(os.environ.get("LOCAL_RANK", "0")) if _launched() > 1 else None
+
+
+def _launched() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))

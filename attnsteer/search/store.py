@@ -71,7 +71,10 @@ class Store:
             return
         for file in sorted(self.folder.glob("scores-*.jsonl")):
             for key, scores in _lines(file):
-                self._known.setdefault(key, scores)
+                if isinstance(key, str):
+                    self._runs.add(key)
+                else:
+                    self._known.setdefault(key, scores)
 
     def begin(self, settings: Mapping[str, Any]) -> str:
         """The hash of a run, after noting its settings."""
@@ -129,13 +132,14 @@ def _opened(file: Path) -> Any:
     return opened
 
 
-def _lines(file: Path) -> Iterator[tuple[Key, Scores]]:
-    """Every score of a file; what stands behind its last end of line is still being written."""
+def _lines(file: Path) -> Iterator[tuple[Key | str, Scores]]:
+    """Every run and every score of a file; what stands behind its last end of line is still being written."""
     whole = file.read_bytes()
     for number, line in enumerate(whole[: whole.rfind(b"\n") + 1].splitlines(), start=1):
         try:
             entry = json.loads(line)
             if "settings" in entry:
+                yield str(entry["run"]), {}
                 continue
             heads = tuple(Head(layer, head) for layer, head in entry["set"])
             scores = {str(name): float(value) for name, value in entry["scores"].items()}
