@@ -69,6 +69,7 @@ def pictures(given: argparse.Namespace, folder: Path, say: Callable[[str], None]
     softpag = SoftPAG(Where(layers=[4, 5]), strength=0.5, scale=2.0)
     pipe, _ = models.load("world-sd3", given.device, given.dtype)
     pipe.set_progress_bar_config(disable=True)
+    call = call_defaults("world-sd3", pipe, guidance=2.0)
     say(f"world-sd3: {len(PROMPTS)} prompts, {given.num_seeds} seeds, {given.num_steps} steps, {_brief(softpag)}")
 
     def paint(prompt: str, steered: bool) -> list[Any]:
@@ -76,13 +77,12 @@ def pictures(given: argparse.Namespace, folder: Path, say: Callable[[str], None]
             return pipe(
                 [prompt] * given.num_seeds,
                 num_inference_steps=given.num_steps,
-                guidance_scale=2.0,
                 generator=[torch.Generator().manual_seed(given.seed + i) for i in range(given.num_seeds)],
-                **call_defaults("world-sd3"),
+                **call,
             ).images
 
     jobs = [(prompt, steered) for prompt in PROMPTS for steered in (False, True)]
-    pipe([PROMPTS[0]], num_inference_steps=1, **call_defaults("world-sd3"))  # the first call is slower
+    pipe([PROMPTS[0]], num_inference_steps=1, **call)  # the first call is slower
     rows, seconds = _timed(jobs, lambda job: paint(*job), "pictures", given.json)
     file = folder / "softpag.png"
     labels = [f"{'SoftPAG' if steered else 'plain'}: {prompt}" for prompt, steered in jobs]

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import SteeringError
 from . import models
-from .options import add_model, add_processors, command, finite, parameter, positive, processors
+from .options import EMBEDDED, add_model, add_processors, command, finite, parameter, positive, processors
 
 OWNED = {
     "prompt": "--prompt",
@@ -89,7 +89,8 @@ def paint(given: argparse.Namespace, pipe: Any, wanted: list[Any], call: dict[st
     from ..attach import steer
 
     accepted = inspect.signature(type(pipe).__call__).parameters
-    call = call_defaults(given.model) | call | {"generator": torch.Generator().manual_seed(given.seed)}
+    call = call_defaults(given.model, pipe, given.guidance_scale) | call
+    call["generator"] = torch.Generator().manual_seed(given.seed)
     unknown = sorted(set(call) - set(accepted))
     if unknown:
         raise SteeringError(f"{type(pipe).__name__} takes no {unknown[0]!r}; it takes {', '.join(list(accepted)[1:])}.")
@@ -116,9 +117,13 @@ def pipeline_arguments(given: argparse.Namespace) -> dict[str, Any]:
     return call | {"num_inference_steps": given.num_steps} | {k: v for k, v in options.items() if v is not None}
 
 
-def call_defaults(model: str) -> dict[str, Any]:
-    """The T5 encoder of the embedded model is a placeholder: one zero token does as well as 256, in less time."""
-    return {"max_sequence_length": 1} if model == "world-sd3" else {}
+def call_defaults(model: str, pipe: Any, guidance: float | None = None) -> dict[str, Any]:
+    """What suits an embedded model; other models keep their pipeline's defaults."""
+    from ..world import assets
+
+    if model not in EMBEDDED:
+        return {}
+    return assets.call(type(pipe).__name__, guidance)
 
 
 def out_file(given: argparse.Namespace) -> Path:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Run = Callable[[argparse.Namespace], int]
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-EMBEDDED = ("world-sd3", "world-llava")
+EMBEDDED = ("world-sd", "world-sd3", "world-llava")
 
 
 def command(subparsers: Any, name: str, run: Run, help: str, examples: Sequence[str]) -> argparse.ArgumentParser:
@@ -59,9 +59,7 @@ def finite(text: str) -> float:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", metavar="MODEL", help=f"folder, hub id, or an embedded model ({' or '.join(EMBEDDED)})"
-    )
+    parser.add_argument("model", metavar="MODEL", help=f"folder, hub id, or an embedded model ({', '.join(EMBEDDED)})")
 
 
 def add_processors(parser: argparse.ArgumentParser) -> None:

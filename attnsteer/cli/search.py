@@ -95,10 +95,10 @@ def run(given: argparse.Namespace) -> int:
     held = held_out_pairs(given, searched) if given.curve else []
     strengths = _strengths(given)
     where = decode_where(selection(given.layers, given.heads, given.steps))
-    call = call_defaults(given.model) | dict(parameter(text, "--call") for text in given.call)
     if not models.is_pipeline(models.locate(given.model)):
         raise SteeringError(f"{given.model!r} answers questions: a search needs a model that makes pictures.")
     pipe, _ = models.load(given.model, place, given.dtype)
+    call = call_defaults(given.model, pipe, guidance=1.0) | dict(parameter(text, "--call") for text in given.call)
     start = time.perf_counter()
     hunter = HeadHunter(
         pipe,

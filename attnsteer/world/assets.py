@@ -10,7 +10,13 @@ VARIABLE = "ATTNSTEER_ASSETS"
 CALLS: dict[str, dict[str, Any]] = {
     "StableDiffusionPipeline": {"guidance_scale": 4.0, "height": 64, "width": 64},
     "StableDiffusion3Pipeline": {"guidance_scale": 4.0, "max_sequence_length": 1},
-    "FluxPipeline": {"true_cfg_scale": 4.0, "height": 64, "width": 64, "max_sequence_length": 48},
+    "FluxPipeline": {
+        "true_cfg_scale": 4.0,
+        "negative_prompt": "",
+        "height": 64,
+        "width": 64,
+        "max_sequence_length": 48,
+    },
 }
 """What a good picture of the shipped pipeline of each class takes. world-sd3's T5 encoder is a placeholder: one zero
 token does as well as 256, in less time."""
@@ -57,8 +63,8 @@ def call(pipeline: str, guidance: float | None = None) -> dict[str, Any]:
     """Arguments for calling the shipped pipeline of a class (a key of `CALLS`).
 
     Args:
-        guidance: strength of classifier-free guidance, 1 is none (default: what is best for this pipeline). Give
-            `negative_prompt` too: one pipeline is guided only with it.
+        guidance: strength of classifier-free guidance, 1 is none (default: what is best for this pipeline). With a
+            list of prompts give a list of `negative_prompt` too.
     Raises:
         ValueError: none is shipped.
     """

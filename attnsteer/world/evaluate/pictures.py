@@ -132,7 +132,7 @@ def paint(
     for first in progress(range(0, len(prompts), batch)):
         some = list(prompts[first : first + batch])
         sources = [torch.Generator().manual_seed(seed + first + i) for i in range(len(some))]
-        pictures += pipe(some, negative_prompt=[""] * len(some), generator=sources, **call).images
+        pictures += pipe(some, generator=sources, **call | {"negative_prompt": [""] * len(some)}).images
     return pictures
 
 
