@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from .edits import Segments, Sources
 from .errors import SteeringError
+from .maps import otsu
 from .site import AttentionCall
 
 
@@ -111,8 +112,6 @@ def to_grid(masks: Tensor, grid: tuple[int, int, int]) -> Tensor:
 
     Bilinear resize, stretched to [0, 1], then the brighter class of Otsu's split; a constant mask stays as it is.
     """
-    from .maps import otsu
-
     frames, height, width = grid
     small = F.interpolate(masks[:, None].float(), (height, width), mode="bilinear", align_corners=False)[:, 0]
     found = []

@@ -393,9 +393,10 @@ def refusals(
         if plan.where.steps in ("prefill", "decode")
     ]
     sharing = [type(plan.processor).__name__ for plan in plans if plan.processor.reads_rows]
-    if sharing and guiding:
+    apart = guiding + [type(plan.processor).__name__ for plan in plans if plan.nursing is not None]
+    if sharing and apart:
         reasons.append(
-            f"{sharing[0]} reads other rows of the batch, and {guiding[0]} runs the perturbed rows alone: attach one."
+            f"{sharing[0]} reads other rows of the batch, and {apart[0]} runs some rows alone: attach one of them."
         )
     if any("image_free" in plan.processor.lanes for plan in plans):
         reasons.append("Methods that compare with an image-free prompt need a vision-language model.")

@@ -16,7 +16,7 @@ from attnsteer.attend import attend
 from attnsteer.config import processor_from_dict
 from attnsteer.draws import kept, uniform
 from attnsteer.kernels import reference
-from attnsteer.processors import ConsistentSelfAttention, SharedSelfAttention, SoftPAG
+from attnsteer.processors import AttendAndExcite, ConsistentSelfAttention, SharedSelfAttention, SoftPAG
 from attnsteer.site import AttentionCall, Spans
 from attnsteer.stories import box_masks, to_grid
 from tests.calls import call_of, make_call, repeated, rows_of
@@ -347,8 +347,10 @@ def test_what_cannot_share_is_refused():
     ):
         predict(model, inputs(3))
     pipe = pipelines.build("sd15")
-    with pytest.raises(SteeringError, match="perturbed rows alone"):
+    with pytest.raises(SteeringError, match="some rows alone"):
         attnsteer.attach(pipe, SharedSelfAttention(frames=2), SoftPAG(Where(layers=-1)))
+    with pytest.raises(SteeringError, match="AttendAndExcite runs some rows alone"):
+        attnsteer.attach(pipe, SharedSelfAttention(frames=2), AttendAndExcite(subjects=("dog", "car")))
     with pytest.raises(SteeringError, match="no site has that name"):
         attnsteer.attach(pipelines.build("sd3"), SharedSelfAttention(frames=2))
     with pytest.raises(SteeringError, match="no descriptor"):

@@ -1,0 +1,105 @@
+"""Masks of words from a rehearsal: a plain run of the pipeline whose cross-attention says where each word is.
+
+    masks = rehearse(pipe, prompts, words=[["dog"], ["cat"], ["dog", "cat"]], generator=generators(), height=512)
+    method = IRDiffusion(references=torch.cat(masks[:2]), scene=masks[2])
+
+Maps are summed over heads, over the layers of one resolution and over steps; Otsu's threshold makes masks of them. The
+rehearsal must use the noise, the steps and the prompts of the run to come, or its masks are of another picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .attach import attach
+from .capture import probabilities
+from .errors import SteeringError
+from .hosts.worlds import is_pipeline
+from .maps import otsu
+from .processor import Processor
+from .site import AttentionCall, Kind
+from .spans import find_words
+from .where import Where
+
+LEVEL = 2
+"""How often the latent was halved at the layers whose maps count."""
+
+
+@dataclass(frozen=True)
+class _TextMaps(Processor):
+    """Sums the cross-attention maps of the conditional rows, ``(B, n, text keys)``, and changes nothing."""
+
+    kinds: ClassVar[tuple[Kind, ...]] = ("cross",)
+    reads_only: ClassVar = True
+    needs: ClassVar[tuple[str, ...]] = ("grid",)
+
+    def react(self, call: AttentionCall) -> None:
+        if call.spans is None or call.spans.grid is None or call.spans.grid[0] != 1:
+            raise SteeringError(f"{call.site.name!r} has no image grid of one frame: maps of words are for pictures.")
+        rows = call.lanes["cond"]
+        found = probabilities(call, slice(None), slice(None))[rows].mean(1)
+        call.state["sum"] = found if "sum" not in call.state else call.state["sum"] + found
+        call.state["grid"] = call.spans.grid
+
+
+def rehearse(
+    pipe: Any, prompts: Sequence[str], words: Sequence[Sequence[str]], where: Where | None = None, **call: Any
+) -> list[Tensor]:
+    """Run a pipeline once, plainly, and find where the words of each prompt are.
+
+    Args:
+        pipe: a Diffusers pipeline with cross-attention to one tokenizer's text (SD 1.x, SD 2.x, SDXL, PixArt).
+        prompts: one for each picture.
+        words: for each prompt the words or phrases to find, each with all its occurrences.
+        where: layers, heads and steps to look at. Of UNet layers those count whose resolution is next to a quarter of
+            the latent's sides (ConsiStory's 32 x 32 for SDXL).
+        **call: further arguments of the pipeline call, as in the run to come.
+
+    Returns:
+        For each prompt bool masks ``(words, height, width)`` on the token grid, no two of a prompt sharing a token:
+        of several words that are bright there, the one whose map is brightest relative to its own maximum has it.
+
+    Raises:
+        SteeringError: no pipeline with cross-attention, or a word that its prompt does not have.
+    """
+    if not is_pipeline(pipe) or not hasattr(pipe, "tokenizer"):
+        raise SteeringError(f"rehearse needs a Diffusers pipeline with a tokenizer, not {type(pipe).__name__}.")
+    if len(words) != len(prompts) or not prompts or isinstance(prompts, str) or not all(words):
+        raise SteeringError(f"Give a list of prompts and words for each; got {len(prompts)} and {len(words)}.")
+    columns = [
+        [_columns(pipe.tokenizer, prompt, word) for word in each] for prompt, each in zip(prompts, words, strict=True)
+    ]
+    reader = _TextMaps(where or Where())
+    with attach(pipe, variants=[[reader]] * len(prompts)) as steering:
+        pipe(prompt=list(prompts), **{"output_type": "latent", **call})
+        states = {site: state for site, state in steering.states(reader).items() if "sum" in state}
+    if not states:
+        raise SteeringError(f"{reader.where} saw no step of this run.")
+    levels = {site.level for site in states}
+    level = min(levels, key=lambda halved: abs((halved or 0) - LEVEL))
+    chosen = [state for site, state in states.items() if site.level == level]
+    total = torch.stack([state["sum"] for state in chosen]).sum(0)  # (B, n, text keys)
+    return [_masks(total[row], each, chosen[0]["grid"][1:]) for row, each in enumerate(columns)]
+
+
+def _columns(tokenizer: Any, prompt: str, word: str) -> Tensor:
+    """The text keys that spell a word."""
+    ids = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt").input_ids[0]
+    found = find_words(tokenizer, ids, word).nonzero().flatten()
+    if not len(found):
+        raise SteeringError(f"The prompt {prompt!r} does not have the word {word!r}.")
+    return found
+
+
+def _masks(total: Tensor, columns: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """Masks of the words of one prompt from its summed maps ``(n, text keys)``."""
+    maps = torch.stack([total[:, each.to(total.device)].mean(1) for each in columns]).cpu()
+    low, high = maps.amin(1, keepdim=True), maps.amax(1, keepdim=True)
+    maps = (maps - low) / (high - low).clamp_min(torch.finfo(maps.dtype).tiny)
+    bright = torch.stack([otsu(each) for each in maps])
+    return (bright & (maps == maps.amax(0, keepdim=True))).unflatten(1, size)
