@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,14 +34,17 @@ class Bindings:
         shape = denoisers.layout_key(family, inputs)
         key = (id(model), device, shape, tuple(tuple(map(id, row)) for row in rows))
         if key not in self._made:
-            made = {}
+            made, turned = {}, None
             for site in wanted_sites(rows):
                 edits = merge_edits(rows, site, device)
                 reactors = reacting(rows, site)
                 if edits or reactors:
                     needs = {need for plan in reactors for need in plan.processor.needs}
                     grid = "grid" in needs or needs_grid(edits)
-                    layout = denoisers.spans(model, family, inputs, site, grid, "rotary" in needs)
+                    layout = denoisers.spans(model, family, inputs, site, grid)
+                    if layout and family and family.rotary and "rotary" in needs and site.rotary == "pairs":
+                        turned = turned or family.rotary(unwrap(model), inputs)  # one for all sites
+                        layout = replace(layout, rotary=turned)
                     turn = denoisers.main_call(family, site, unwrap(model).get_submodule(site.name))
                     made[site] = Binding(site, edits, spans=layout, main_call=turn)
             self._made[key] = made

@@ -301,10 +301,9 @@ def sites(model: torch.nn.Module) -> list[Site]:
         order = family.order if family and kind == "joint" else ()
         level = unet_level(model, name) if family is UNET else None
         found.append(_site(name, module, kind, layer, index, order, level))
-    if family is None:
-        return found
-    known: Literal["pairs", "unknown"] = "pairs" if family.rotary else "unknown"
-    return [replace(s, rotary=known if s.name.rpartition(".")[2] in family.turned else "none") for s in found]
+    turned = family.turned if family else ()
+    known: Literal["pairs", "unknown"] = "pairs" if family and family.rotary else "unknown"
+    return [replace(s, rotary=known) if s.name.rpartition(".")[2] in turned else s for s in found]
 
 
 def _site(
@@ -316,13 +315,8 @@ def _site(
     return Site(name, kind, layer, index, heads, kv_dim // head_dim, head_dim, order, level=level)
 
 
-def spans(
-    model: Any, family: Family | None, inputs: Inputs, site: Site, want_grid: bool, want_rotary: bool = False
-) -> Spans | None:
+def spans(model: Any, family: Family | None, inputs: Inputs, site: Site, want_grid: bool) -> Spans | None:
     """Where text and image tokens lie at a site in this forward pass; None for a family without a descriptor."""
-    if family is not None and want_rotary and site.rotary == "pairs" and family.rotary:
-        plain = spans(model, family, inputs, site, want_grid)
-        return None if plain is None else replace(plain, rotary=family.rotary(unwrap(model), inputs))
     if family is None or site.kind == "unknown":
         return None
     grid = family.grid(unwrap(model), inputs, site) if want_grid else None

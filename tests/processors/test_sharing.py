@@ -350,7 +350,7 @@ def test_what_cannot_share_is_refused():
     with pytest.raises(SteeringError, match="some rows alone"):
         attnsteer.attach(pipe, SharedSelfAttention(frames=2), SoftPAG(Where(layers=-1)))
     with pytest.raises(SteeringError, match="AttendAndExcite runs some rows alone"):
-        attnsteer.attach(pipe, SharedSelfAttention(frames=2), AttendAndExcite(subjects=("dog", "car")))
+        attnsteer.attach(pipe, SharedSelfAttention(frames=2), AttendAndExcite(subjects=("dog", "car"), level=1))
     with pytest.raises(SteeringError, match="no site has that name"):
         attnsteer.attach(pipelines.build("sd3"), SharedSelfAttention(frames=2))
     with pytest.raises(SteeringError, match="no descriptor"):
