@@ -119,7 +119,6 @@ def run(given: argparse.Namespace) -> int:
         found = hunter.run()
         files = _results(given, hunter, found)
         measured = _curve(given, hunter, found, held, strengths, files)
-    hunter.close()
     if hunter.main:
         _report(given, hunter, found, measured, files, time.perf_counter() - start)
     return 0

@@ -101,7 +101,7 @@ def curve(
     hunter.follow("held out", len(chosen) * (1 + len(counts) * len(painters)))
     sets = [selection.heads[:count] for count in counts]
     points = []
-    with hunter.painter.ready():
+    with hunter.working():
         first = hunter.scorer(painters[0], hunter.objective)
         first.means([()], chosen)
         plain = first.each((), chosen)

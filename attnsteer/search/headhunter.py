@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,24 +116,37 @@ class HeadHunter:
     def run(self) -> Selection:
         """Search, or go on searching. With ``out``: heads.json after every round, and heatmap.png."""
         self.history, self.resumed = [], 0
-        scorer = self.scorer(self.painter, self.objective)
         total = generations(len(self.pool), len(self.pairs), self.k, self.rounds)
         self._meter = _Meter(total, "round 1", self._tell)
 
-        def measure(sets: Sequence[Heads]) -> list[float | None]:
+        def measure(scorer: Scorer, sets: Sequence[Heads]) -> list[float | None]:
             self._meter.what = f"round {len(self.history) + 1} of {self.rounds}"
             means = scorer.means(sets, self.pairs)
             self.resumed = scorer.found
             self._meter.reached(len(sets) * len(self.pairs))
             return [self.objective.rank(row) for row in means]
 
-        with self.painter.ready():
-            for found in hunt(self.pool, measure, self.k, self.rounds):
+        with self.working():
+            scorer = self.scorer(self.painter, self.objective)
+            for found in hunt(self.pool, partial(measure, scorer), self.k, self.rounds):
                 self.history.append(found)
                 self._save(scorer)
-        return self.selection(scorer)
+            return self._selection(scorer)
 
-    def selection(self, scorer: Scorer) -> Selection:
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Around work on the pipeline: no other search writes to the folder, and texts are encoded once."""
+        if self._store is None:
+            self._store = Store(self.out, self._ranks.rank)
+        try:
+            with self.painter.ready():
+                yield
+        finally:
+            if self.out is not None:  # what is in memory only would be lost
+                self._store.close()
+                self._store = None
+
+    def _selection(self, scorer: Scorer) -> Selection:
         """The rounds so far."""
         search = {"k": self.k, "heads": len(self.pool), "pairs": [list(pair) for pair in self.pairs]}
         settings = {"attnsteer": __version__, "run": scorer.run, **search, **scorer.settings}
@@ -139,9 +154,8 @@ class HeadHunter:
         return Selection(tuple(found.chosen for found in self.history), scores, settings)
 
     def scorer(self, painter: Painter, objective: Objective) -> Scorer:
-        """A scorer that shares the memory and the progress of this search."""
-        if self._store is None:
-            self._store = Store(self.out, self._ranks.rank)
+        """A scorer that shares the memory and the progress of this search; for use while it is ``working``."""
+        assert self._store is not None
         order = {head: place for place, head in enumerate(self.pool)}
         return Scorer(
             painter, objective, self._store, order, self.batch, self._ranks, lambda n, own: self._meter.add(n, own)
@@ -150,12 +164,6 @@ class HeadHunter:
     def follow(self, what: str, total: int) -> None:
         """Tell about other work from now on, of ``total`` pictures."""
         self._meter = _Meter(total, what, self._tell)
-
-    def close(self) -> None:
-        """Let other searches write to the folder."""
-        if self._store is not None:
-            self._store.close()
-            self._store = None
 
     @property
     def main(self) -> bool:
@@ -166,7 +174,7 @@ class HeadHunter:
         if self.out is not None and self.main:
             from .report import heat_map
 
-            self.selection(scorer).save(self.out / "heads.json")
+            self._selection(scorer).save(self.out / "heads.json")
             heat_map(self.pool, self.history).save(self.out / "heatmap.png")
 
 

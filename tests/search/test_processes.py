@@ -30,7 +30,6 @@ from tests.search.common import hunter
 
 search = hunter(out={out!r}, batch=3)
 search.run()
-search.close()
 """
 TOTAL = generations(12, len(PAIRS), 2, 2)
 
@@ -78,7 +77,6 @@ def test_a_killed_search_goes_on_and_counts_nothing_twice(tmp_path: Path, refere
     file.write_bytes(file.read_bytes() + b'{"run": "torn in the mid')  # as a kill in the middle of a write would
     search = hunter(out=out, batch=3)
     found = search.run()
-    search.close()
     assert search.resumed == known, "everything that was written is used"
     assert len(keys(out)) == TOTAL
     assert set(keys(out).values()) == {1}
@@ -109,5 +107,4 @@ def test_two_processes_find_what_one_finds(tmp_path: Path, reference: Selection)
     assert found.scores == reference.scores
     search = hunter(out=out, batch=3)  # one process goes on where two were
     assert search.run() == found
-    search.close()
     assert search.resumed == TOTAL

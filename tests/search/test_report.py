@@ -27,7 +27,6 @@ def test_the_curve_measures_prefixes_on_held_out_pairs_against_no_heads(tmp_path
 
     search = hunter(out=tmp_path)
     found = curve(search, FOUND, HELD, strengths=[1.0, 0.5])
-    search.close()
     assert [(point.strength, point.heads) for point in found.points] == [(u, n) for u in (1.0, 0.5) for n in (0, 2, 3)]
     values: dict[Any, list[float]] = {}
     for strength, top in [(1.0, 0), (1.0, 2), (0.5, 3)]:
@@ -51,7 +50,6 @@ def test_the_curve_measures_prefixes_on_held_out_pairs_against_no_heads(tmp_path
     assert saved["pairs"] == [list(pair) for pair in HELD]
     again = hunter(out=tmp_path)
     assert curve(again, FOUND, HELD, strengths=[1.0, 0.5]) == found, "its scores are kept too"
-    again.close()
 
 
 @pytest.mark.parametrize(
