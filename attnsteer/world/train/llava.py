@@ -335,18 +335,21 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    loop.add_options(made, steps=1600, batch=24, rate=1.5e-3, out="assets/models/world-llava")
+    loop.add_options(made, steps=1400, batch=12, rate=1.5e-3, out="assets/models/world-llava")
     add = made.add_argument
-    add("--tower-steps", type=int, default=2000, help="steps of stage 1 (default: %(default)s)")
+    add("--tower-steps", type=int, default=900, help="steps of stage 1 (default: %(default)s)")
     add("--tower-batch", type=int, default=32, help="scenes in a step of stage 1 (default: %(default)s)")
-    add("--language-steps", type=int, default=600, help="steps of stage 2 (default: %(default)s)")
-    add("--language-batch", type=int, default=32, help="conversations in a step of text (default: %(default)s)")
+    add("--language-steps", type=int, default=170, help="steps of stage 2 (default: %(default)s)")
+    add("--language-batch", type=int, default=16, help="conversations in a step of text (default: %(default)s)")
     add(
-        "--blind", type=float, default=0.3, help="share of the steps of stage 3 without pictures (default: %(default)s)"
+        "--blind",
+        type=float,
+        default=0.25,
+        help="share of the steps of stage 3 without pictures (default: %(default)s)",
     )
     add("--text-prior", type=float, default=0.9, help="how usual the company in texts is (default: %(default)s)")
-    add("--picture-prior", type=float, default=0.7, help="how usual it is in pictures (default: %(default)s)")
-    add("--turns", type=int, default=4, help="questions about each picture (default: %(default)s)")
+    add("--picture-prior", type=float, default=0.9, help="how usual it is in pictures (default: %(default)s)")
+    add("--turns", type=int, default=5, help="questions about each picture (default: %(default)s)")
     add("--layers", type=int, default=8, help="decoder layers (default: %(default)s)")
     add("--heads", type=int, default=8, help="decoder heads (default: %(default)s)")
     add("--width", type=int, default=192, help="decoder width (default: %(default)s)")
