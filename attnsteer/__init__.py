@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .attach import Steering, attach, detach, sites, steer
     from .attend import attend
     from .capture import Capture
-    from .edits import Edit, KeyBias, Mix, Scale
+    from .edits import ClassMask, Edit, KeyBias, Mix, RowKeys, Scale, Segments
     from .errors import NotReachedError, SteeringError, WhereError
     from .explain import Explanation, explain
     from .lanes import Lane
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AttentionCall",
     "Capture",
+    "ClassMask",
     "Edit",
     "Explanation",
     "KeyBias",
@@ -37,7 +38,9 @@ __all__ = [
     "Mix",
     "NotReachedError",
     "Processor",
+    "RowKeys",
     "Scale",
+    "Segments",
     "Site",
     "Spans",
     "Steering",
@@ -58,6 +61,7 @@ __all__ = [
 _MODULE_OF = {
     "AttentionCall": "site",
     "Capture": "capture",
+    "ClassMask": "edits",
     "Edit": "edits",
     "Explanation": "explain",
     "KeyBias": "edits",
@@ -65,7 +69,9 @@ _MODULE_OF = {
     "Mix": "edits",
     "NotReachedError": "errors",
     "Processor": "processor",
+    "RowKeys": "edits",
     "Scale": "edits",
+    "Segments": "edits",
     "Site": "site",
     "Spans": "site",
     "Steering": "attach",

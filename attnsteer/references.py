@@ -37,41 +37,45 @@ def noised_references(pipe: Any, pictures: Sequence[Any], seed: int = 0) -> Iter
     """
     if not is_pipeline(pipe):
         raise SteeringError(f"noised_references needs a Diffusers pipeline, not {type(pipe).__name__}.")
-    from .hosts import denoisers
-    from .hosts.base import named_inputs
-
-    model = models_of(pipe)[0]
-    family = denoisers.family_of(model)
-    given = {row: picture for row, picture in enumerate(pictures) if picture is not None}
-    if not given:
+    if all(picture is None for picture in pictures):
         raise SteeringError("No reference is a picture: give one at least, and None for the rows to generate.")
-    latents: dict[int, Tensor] = {}
-
-    def replace_rows(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        inputs = named_inputs(model, args, kwargs)
-        sample = denoisers.sample_of(family, inputs)
-        if sample.dim() != 4 or sample.shape[0] not in (len(pictures), 2 * len(pictures)):
-            raise SteeringError(
-                f"The denoiser got latents of shape {tuple(sample.shape)}; with {len(pictures)} entries wanted are "
-                "(rows, channels, height, width), that many rows, or twice as many with guidance."
-            )
-        if not latents:
-            latents.update({row: _latents(pipe, picture, sample) for row, picture in given.items()})
-        noised = sample.clone()
-        for row, clean in latents.items():
-            generator = torch.Generator().manual_seed(seed * len(pictures) + row)
-            noise = torch.randn(clean.shape, generator=generator, dtype=clean.dtype).to(clean.device)
-            noised[row :: len(pictures)] = _noised(pipe.scheduler, clean, noise, inputs["timestep"]).to(sample)
-        if args and args[0] is sample:
-            return (noised, *args[1:]), kwargs
-        name = next(name for name, value in kwargs.items() if value is sample)
-        return args, {**kwargs, name: noised}
-
-    hook = model.register_forward_pre_hook(replace_rows, with_kwargs=True)
+    hook = models_of(pipe)[0].register_forward_pre_hook(_Rows(pipe, pictures, seed), with_kwargs=True)
     try:
         yield
     finally:
         hook.remove()
+
+
+class _Rows:
+    """A hook before the denoiser that puts the pictures into the rows of its sample."""
+
+    def __init__(self, pipe: Any, pictures: Sequence[Any], seed: int):
+        self.pipe, self.pictures, self.seed = pipe, pictures, seed
+        self.latents: dict[int, Tensor] = {}
+
+    def __call__(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        from .hosts import denoisers
+        from .hosts.base import named_inputs
+
+        inputs, rows = named_inputs(model, args, kwargs), len(self.pictures)
+        sample = denoisers.sample_of(denoisers.family_of(model), inputs)
+        if sample.dim() != 4 or sample.shape[0] not in (rows, 2 * rows):
+            raise SteeringError(
+                f"The denoiser got latents of shape {tuple(sample.shape)}; with {rows} entries wanted are (rows, "
+                "channels, height, width), that many rows, or twice as many with guidance."
+            )
+        noised = sample.clone()
+        for row, picture in enumerate(self.pictures):
+            if picture is not None:
+                if row not in self.latents:
+                    self.latents[row] = _latents(self.pipe, picture, sample)
+                clean = self.latents[row]
+                generator = torch.Generator().manual_seed(self.seed * rows + row)
+                noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+                noised[row::rows] = _noised(self.pipe.scheduler, clean, noise, inputs["timestep"]).to(sample)
+        if args and args[0] is sample:
+            return (noised, *args[1:]), kwargs
+        return args, {name: noised if value is sample else value for name, value in kwargs.items()}
 
 
 def _latents(pipe: Any, picture: Any, sample: Tensor) -> Tensor:

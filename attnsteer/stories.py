@@ -107,10 +107,12 @@ def check_masks(name: str, masks: object, number: int) -> list[str]:
     return [] if finite else [f"{name} holds values that are not finite."]
 
 
+@torch.compiler.disable
 def to_grid(masks: Tensor, grid: tuple[int, int, int]) -> Tensor:
     """Masks ``(S, h, w)`` at the resolution of a site, bool ``(S, T * H * W)``, every frame alike.
 
-    Bilinear resize, stretched to [0, 1], then the brighter class of Otsu's split; a constant mask stays as it is.
+    Bilinear resize, stretched to [0, 1], then the brighter class of Otsu's split; a constant mask stays as it is. Never
+    part of a compiled graph: methods lay their masks once in a run.
     """
     frames, height, width = grid
     small = F.interpolate(masks[:, None].float(), (height, width), mode="bilinear", align_corners=False)[:, 0]

@@ -20,7 +20,9 @@ the keys are turned to the place where they are pasted: our extension. So is joi
 Fused: masked queries are computed once more by class; one call per subject over its own foreground keys, merged by
 their log-sum-exps; one call per subject in cross-attention. Limits: subjects must not overlap; masks are fixed before
 the run (``attnsteer.stories`` makes them from boxes, ``attnsteer.rehearsal`` from a plain run); the authors also close
-and box small masks and cut the lower sixth of references, which is left to the user.
+and box small masks and cut the lower sixth of references, which is left to the user. Compiled models pause at each site
+in the first step, where the masks are laid, so they cannot be one graph each (``fullgraph``). Given pictures as
+references: ``attnsteer.references``.
 """
 
 from __future__ import annotations
@@ -145,6 +147,7 @@ class IRDiffusion(Processor):
         return sources(call, self.subjects + 1, [[] for _ in scene] + [scene])
 
     # ---- masks at the site's resolution, made once -------------------------------------------------------------------
+    @torch.compiler.disable
     def _prepared(self, call: AttentionCall) -> dict[str, object]:
         if call.spans is None or call.spans.grid is None or self.references is None or self.scene is None:
             raise SteeringError(f"The image grid is unknown at {call.site.name!r}, so masks cannot be laid on it.")

@@ -374,3 +374,25 @@ def test_the_oracle_of_segments_agrees_with_the_loop():
     edit = SharedSelfAttention(frames=2, masks=MASKS).react(call)
     expected = reference.segments(call.q, call.k, call.v, edit.source, edit.weight.expand(2, -1), bias=edit.bias)
     torch.testing.assert_close(attend(call, [edit]), expected, **EXACT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", [ConsistentSelfAttention, SharedSelfAttention])
+def test_one_graph_of_a_compiled_model_serves_all_steps(cls):
+    pipe = pipelines.build("sd15")
+    method = cls(EVERY, frames=2)
+    with attnsteer.steer(pipe, method):
+        expected = latents(pipe, "sd15", batch=2)
+    graphs = 0
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return gm.forward
+
+    torch._dynamo.reset()
+    pipe.unet = torch.compile(pipe.unet, backend=backend)
+    with attnsteer.steer(pipe, method):
+        found = latents(pipe, "sd15", batch=2)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert graphs == 1
