@@ -138,18 +138,33 @@ def _explanation(target: Any, rows: Any, refused: list[str], shape: Mapping[str,
     if any("image_free" in plan.processor.lanes for row in live for plan in row):
         facts["extra"] = "one pass of the prompt with and without its image before each generation (2 rows a prompt)"
         facts["extra_rows"] = 2
+    nursing = [plan for row in live for plan in row if plan.nursing is not None]
+    if nursing:
+        facts["extra"] = (
+            "in each step of an update one more forward of the conditional rows with gradient, up to "
+            f"{wanted_sites([nursing])[-1].name}, and its backward; more where the update is repeated"
+        )
+        facts["extra_rows"] = 1
     guiding = tuple(tuple(plan for plan in row if plan.guides) for row in live)
     if any(guiding):
-        kept = facts["bytes"]
-        facts |= _guidance_facts(target, guiding, {"batch": len(rows), **shape})
+        kept, before = facts["bytes"], facts
+        facts = facts | _guidance_facts(target, guiding, {"batch": len(rows), **shape})
+        if nursing:
+            facts["extra"] = f"{before['extra']}; {facts['extra']}"
+            facts["extra_rows"] += before["extra_rows"]
         facts["bytes"] = kept | facts["bytes"]
     return Explanation(type(target).__name__, **facts)
 
 
 def _part(plan: Plan) -> Part:
-    given = {k: v for k, v in parameters(plan.processor).items() if k != "where"}
+    given = {k: _shown(v) for k, v in parameters(plan.processor).items() if k != "where"}
     heads = {site.name: chosen for site, chosen in plan.selection.items()}
     return Part(type(plan.processor).__name__, given, heads, _steps(plan.where), plan.processor.inert)
+
+
+def _shown(value: Any) -> Any:
+    """A parameter as it is, a tensor by its shape."""
+    return f"tensor of shape {tuple(value.shape)}" if hasattr(value, "shape") else value
 
 
 def _steps(where: Where) -> str:

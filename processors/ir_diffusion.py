@@ -54,7 +54,7 @@ class IRDiffusion(Processor):
     """Isolation and reposition attention (arXiv 2411.19261).
 
     Args:
-        where: layers, heads and steps; cross-attention of the same layers takes part where ``mutual`` is not 0.
+        where: layers, heads and steps; all attention of these layers takes part (cross-attention if ``mutual`` > 0).
         references: ``(S, height, width)``: subject i in reference picture i, of any size.
         scene: ``(S, height, width)``: subject i in the scene; zeros where it is missing.
         isolate: isolation on or off. Authors: on.
@@ -113,10 +113,11 @@ class IRDiffusion(Processor):
                 f"start_layer={self.start_layer} does not exist: layers are 0 to {last}. It counts the layers of SDXL; "
                 f"about half of this model's would be {math.ceil((last + 1) / 2)}."
             )
-        chosen = self.where.select(sites, ("joint", "self"))
-        layers = {site.layer: heads for site, heads in chosen.items()}
-        text = {s: layers[s.layer] for s in sites if s.kind == "cross" and s.layer in layers and self.mutual > 0}
-        heads: dict[int | str, tuple[int, ...]] = {site.name: h for site, h in {**chosen, **text}.items()}
+        layers = {site.layer: h for site, h in self.where.select(sites, ("joint", "self")).items()}
+        kinds = ("joint", "self", "cross") if self.mutual > 0 else ("joint", "self")
+        heads: dict[int | str, tuple[int, ...]] = {
+            site.name: layers[site.layer] for site in sites if site.layer in layers and site.kind in kinds
+        }
         return Where(heads=heads, steps=self.where.steps)
 
     def refusals(self, site: Site) -> list[str]:

@@ -392,6 +392,21 @@ def test_where_it_cannot_act_it_says_why():
         latents(pipe, "sd15", batch=2)
 
 
+def test_all_attention_of_the_chosen_layers_takes_part():
+    """SD 3.5 has layers with an image-only attention beside the joint one: subjects would meet there."""
+    how = method(references=SMALL[0], scene=SMALL[1], mutual=0.0)
+    model, inputs = denoisers.build("sd35")
+    with attnsteer.steer(model, how) as steering:
+        chosen = {site.name for site in steering.selections[0]}
+        assert "tensor of shape (2, 9, 15)" in str(steering.explain())
+        predict(model, inputs(3))
+    assert chosen == {site.name for site in attnsteer.sites(model)}
+    some = replace(how, where=Where(layers=[1, 2], heads=[0, 2]), mutual=0.5)
+    with attnsteer.steer(denoisers.build("unet_sdxl")[0], some) as steering:
+        found = {(site.layer, site.kind): heads for site, heads in steering.selections[0].items()}
+    assert found == {(layer, kind): (0, 2) for layer in (1, 2) for kind in ("self", "cross")}
+
+
 def test_it_goes_together_with_other_sharing_in_one_softmax():
     call = self_call(1)
     how, other = method(), SharedSelfAttention(frames=3, anchors=1, dropout=0.0)
