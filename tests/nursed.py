@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from attnsteer.nursing import LevelMaps, Moment, TokenMaps
+from attnsteer.processors import AStar
 from tests.test_maps import smoothed
 from tests.tiny import pipelines
 
 Groups = tuple[tuple[tuple[int, ...], ...], ...]
 NOW = Moment(3, 50)
+WORDS = ("dog", "red car")
 PROMPTS = ("a dog and a red car", "the red car and a zebra dog", "a blue dog on a red red car")
 
 
@@ -55,3 +57,8 @@ def generate(pipe: Any, name: str, prompts: Sequence[str] | str = PROMPTS[:2], *
 
 LEVEL = {"sd15": 0, "sdxl": 1, "sd3": 0, "sd35": 0, "flux": 0}
 """Where the tiny models have cross-attention; without a meaning for transformers."""
+
+
+def astar(name: str, **given: Any) -> AStar:
+    """A-STAR with a step that can be seen."""
+    return AStar(**{"subjects": ("dog", "car"), "level": LEVEL[name], "scale_factor": 2.0, **given})

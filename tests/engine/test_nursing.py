@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 import attnsteer
-from attnsteer import NotReachedError, SteeringError, Where
+from attnsteer import Where
 from attnsteer.nursing import Moment, Nursing, Slope, TokenMaps, descend
 from attnsteer.processors import AStar, AttendAndExcite, Conform, DivideAndBind, Focus, SoftPAG, SynGen
-from tests.engine.common import Loop, denoiser_of, difference, quiet, state_of, to_double
-from tests.nursed import LEVEL, PROMPTS, generate
+from tests.engine.common import Loop, denoiser_of, difference, state_of, to_double
+from tests.nursed import LEVEL, PROMPTS, WORDS, astar, generate
 from tests.tiny import pipelines
 
-WORDS = ("dog", "red car")
 SMALL = {"sd15": 1e-7, "sdxl": 1e-7, "sd3": 1e-7, "sd35": 1e-7, "flux": 3e-4}
 """Steps small enough for the first order. FLUX turns queries and keys in float32 also in a float64 model, so that its
 losses are rounded to about 1e-8 and a step must be larger to be seen."""
@@ -33,10 +32,6 @@ def methods(name: str, **given: Any) -> list[Any]:
     if name in ("sd3", "sd35", "flux"):
         found.append(Focus(subjects=WORDS, scale=size["scale_factor"], control="latent"))
     return found
-
-
-def astar(name: str, **given: Any) -> AStar:
-    return AStar(**{"subjects": ("dog", "car"), "level": LEVEL[name], "scale_factor": 2.0, **given})
 
 
 # ---- the loop by itself ----------------------------------------------------------------------------------------------
@@ -356,108 +351,3 @@ def test_the_velocity_is_pushed_down_the_slope() -> None:
         generate(pipe, "sd3", PROMPTS[0], steps=1)
     gain = method.nursing().velocity(Moment(0, 1, loop.timesteps[0]))
     torch.testing.assert_close(added, -moves[0] / 1e-4 * gain, rtol=1e-6, atol=1e-12)
-
-
-# ---- what surrounds it -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["sd15", "sd3"])
-def test_gradient_checkpointing_inference_mode_and_compiled_blocks_give_the_same(name: str) -> None:
-    pipe = pipelines.build(name)
-    with attnsteer.attach(pipe, astar(name)):
-        expected = generate(pipe, name)
-        with torch.inference_mode():
-            torch.testing.assert_close(generate(pipe, name), expected, rtol=1e-4, atol=1e-4)
-        denoiser_of(pipe).enable_gradient_checkpointing()
-        torch.testing.assert_close(generate(pipe, name), expected, rtol=1e-4, atol=1e-4)
-        denoiser_of(pipe).disable_gradient_checkpointing()
-    compiled = pipelines.build(name)
-    denoiser_of(compiled).compile(backend="eager")
-    with attnsteer.attach(compiled, astar(name)), quiet():
-        torch.testing.assert_close(generate(compiled, name), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_an_error_in_the_gradient_pass_leaves_the_model_as_it_was() -> None:
-    pipe = pipelines.build("sd15")
-    plain, before = generate(pipe, "sd15"), state_of(pipe.unet, scheduler=pipe.scheduler)
-
-    @dataclass(frozen=True)
-    class Broken(AStar):
-        def loss(self, views: Any, memory: Any, moment: Any) -> Slope:
-            raise RuntimeError("broken")
-
-    with pytest.raises(RuntimeError, match="broken"), attnsteer.attach(pipe, Broken(subjects=("dog",), level=0)):
-        generate(pipe, "sd15")
-    assert difference(before, state_of(pipe.unet, scheduler=pipe.scheduler)) == []
-    assert torch.equal(generate(pipe, "sd15"), plain)
-
-
-def test_an_own_loop_gives_positions_and_its_scheduler() -> None:
-    from tests.tiny import denoisers
-
-    model, inputs = denoisers.build("unet_sd15")
-    scheduler = pipelines.build("sd15").scheduler
-    scheduler.set_timesteps(2)
-    given = inputs(1)
-
-    def loop() -> Tensor:
-        x = given["sample"]
-        for t in scheduler.timesteps:
-            with torch.no_grad():
-                text = given["encoder_hidden_states"]
-                out = model(torch.cat([x, x]), t, encoder_hidden_states=torch.cat([text, text])).sample
-            x = scheduler.step(out[1:], t, x).prev_sample
-        return x
-
-    plain = loop()
-    with attnsteer.attach(model, AStar(tokens=((2,), (4, 5)), level=0), scheduler=scheduler):
-        steered = loop()
-    assert (steered - plain).abs().max() > 1e-3
-    with pytest.raises(SteeringError, match="cannot find words without a pipeline's prompt"):
-        attnsteer.attach(model, astar("sd15"), scheduler=scheduler)
-    with pytest.raises(SteeringError, match="the latent that a scheduler steps"):
-        attnsteer.attach(model, AStar(tokens=((2,), (4,)), level=0))
-
-
-# ---- refusals --------------------------------------------------------------------------------------------------------
-def test_what_cannot_work_is_refused_with_every_reason() -> None:
-    from diffusers import UniPCMultistepScheduler
-
-    pipe = pipelines.build("sd15")
-    with pytest.raises(SteeringError, match="AStar and SynGen both update the latent"):
-        attnsteer.attach(pipe, astar("sd15"), SynGen(subjects=WORDS, level=0))
-    with pytest.raises(SteeringError, match="level=2: this UNet has no cross-attention .* its levels are 0"):
-        attnsteer.attach(pipe, AStar(subjects=("dog",)))
-    pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
-    with pytest.raises(SteeringError, match="UniPCMultistepScheduler would lose the updates of AStar"):
-        attnsteer.attach(pipe, astar("sd15"))
-    with pytest.raises(SteeringError, match="where the words are in QwenImage|words are in QwenImage"):
-        attnsteer.attach(pipelines.build("qwen"), AStar(subjects=("dog",)))
-    with pytest.raises(SteeringError, match="no joint"):
-        attnsteer.attach(pipelines.build("sd15"), Focus(subjects=WORDS))
-
-
-def test_group_offloading_is_refused() -> None:
-    pipe = pipelines.build("sd3")
-    pipe.transformer.enable_group_offload(
-        onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
-    )
-    with pytest.raises(SteeringError, match="Group offloading"):
-        attnsteer.attach(pipe, astar("sd3"))
-
-
-def test_layers_of_different_sizes_are_refused_by_methods_that_want_one() -> None:
-    from attnsteer.nursing import LevelMaps
-
-    maps = {0: LevelMaps(torch.rand(3, 4, 4), 1), 1: LevelMaps(torch.rand(3, 2, 2), 1)}
-    with pytest.raises(SteeringError, match="2 x 2, 4 x 4"):
-        AStar(tokens=((0,), (1,))).loss([TokenMaps(maps, (((0,),), ((1,),)))], None, Moment(0, 1))
-
-
-def test_a_skipped_site_is_an_error() -> None:
-    pipe = pipelines.build("sd3")
-    block = pipe.transformer.transformer_blocks[1]
-    block.forward = lambda hidden_states, encoder_hidden_states, **_: (encoder_hidden_states, hidden_states)
-    with (
-        pytest.raises(NotReachedError, match="1 selected sites were never reached"),
-        attnsteer.attach(pipe, astar("sd3", where=Where(layers=[1]))),
-    ):
-        generate(pipe, "sd3")
