@@ -79,6 +79,47 @@ def test_gradient_checkpointing_inference_mode_and_compiled_blocks_give_the_same
         torch.testing.assert_close(generate(compiled, name), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])
+def test_lower_precision(name: str, dtype: torch.dtype) -> None:
+    pipe = pipelines.build(name)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            torch.nn.Module.to(part, dtype)
+    plain = generate(pipe, name, steps=1)
+    with attnsteer.attach(pipe, astar(name)):
+        steered = generate(pipe, name, steps=1)
+    assert steered.dtype == plain.dtype
+    assert torch.isfinite(steered).all()
+    assert not torch.equal(steered, plain)
+
+
+def test_offloaded_weights_come_and_go() -> None:
+    from accelerate import cpu_offload
+
+    pipe = pipelines.build("sd3")
+    with attnsteer.attach(pipe, astar("sd3")):
+        expected = generate(pipe, "sd3")
+        cpu_offload(pipe.transformer, execution_device=torch.device("cpu"))
+        assert torch.equal(generate(pipe, "sd3"), expected)
+    assert {p.device.type for p in pipe.transformer.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["PNDM", "EulerAncestralDiscrete", "DPMSolverMultistep", "LCM", "DDPM"])
+def test_schedulers_that_keep_the_sample_they_are_given(name: str) -> None:
+    import diffusers
+
+    pipe = pipelines.build("sd15")
+    config = {**pipe.scheduler.config, "skip_prk_steps": True}
+    pipe.scheduler = getattr(diffusers, f"{name}Scheduler").from_config(config)
+    plain = generate(pipe, "sd15", steps=3)
+    with attnsteer.attach(pipe, astar("sd15")) as steering:
+        steered = generate(pipe, "sd15", steps=3)
+        assert steering.session._nurse.passes == len(pipe.scheduler.timesteps)
+    assert torch.isfinite(steered).all()
+    assert (steered - plain).abs().max() > 1e-3
+
+
 def test_an_error_in_the_gradient_pass_leaves_the_model_as_it_was() -> None:
     pipe = pipelines.build("sd15")
     plain, before = generate(pipe, "sd15"), state_of(pipe.unet, scheduler=pipe.scheduler)
