@@ -15,6 +15,7 @@ from attnsteer import SteeringError, Where
 from attnsteer.attend import attend
 from attnsteer.config import processor_from_dict
 from attnsteer.draws import kept, uniform
+from attnsteer.edits import KeyBias
 from attnsteer.kernels import reference
 from attnsteer.processors import AttendAndExcite, ConsistentSelfAttention, SharedSelfAttention, SoftPAG
 from attnsteer.site import AttentionCall, Spans
@@ -109,6 +110,19 @@ def test_all_tokens_lent_and_no_coin_is_one_long_sequence():
     out = steered(call, ConsistentSelfAttention(frames=3, rate=1.0, skip=(0, 0)))
     q, k, v = (x.transpose(0, 1).flatten(1, 2)[None] for x in (call.q, call.k, call.v))
     torch.testing.assert_close(out, call_of(q, k, v).output[0].unflatten(1, (3, 15)).transpose(0, 1), **EXACT)
+
+
+def test_equal_pictures_weigh_their_image_keys_once_for_each():
+    """F equal rows of joint attention: image queries see every image key F times, text queries see one picture."""
+    call = joint_call(1, 1)
+    call = call_of(*(x.expand(3, -1, -1, -1).contiguous() for x in (call.q, call.k, call.v)), spans=call.spans)
+    bias = torch.zeros(1, 1, 22).double()
+    bias[..., :15] = torch.tensor(3.0).double().log()
+    expected = attend(call, [KeyBias(bias)])
+    expected[:, :, 15:] = call.output[:, :, 15:]
+    out = steered(call, ConsistentSelfAttention(frames=3, rate=1.0, skip=(0, 0)))
+    torch.testing.assert_close(out, expected, **EXACT)
+    assert torch.equal(out[:, :, 15:], call.output[:, :, 15:])
 
 
 def test_nothing_lent_is_the_baseline_bit_for_bit():
