@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 from .options import command
@@ -34,5 +34,6 @@ def _describe(processor: type) -> dict[str, Any]:
     summary = (sys.modules[processor.__module__].__doc__ or processor.__doc__ or "").strip().splitlines()
     shown = {}
     for field in fields(processor):
-        shown[field.name] = repr(field.default).replace("Where(layers='all', heads='all', steps='all')", "everywhere")
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        shown[field.name] = repr(default).replace("Where(layers='all', heads='all', steps='all')", "everywhere")
     return {"summary": summary[0] if summary else "", "parameters": shown}

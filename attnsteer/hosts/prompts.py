@@ -148,7 +148,7 @@ class PromptWatch:
 def readings(
     watch: PromptWatch | None, family: str, picture: tuple[int, int], groups: Groups, keys: int, padding: bool
 ) -> list[Reading]:
-    """What is read for one picture, one entry for each text encoder that holds words.
+    """What is read for one picture, one entry for each text encoder that holds the words (one may be cut off before).
 
     Args:
         picture: which of how many.
@@ -158,19 +158,21 @@ def readings(
     Raises:
         SteeringError: a word that the prompt does not have, with the prompt's tokens; or no prompt to look in.
     """
-    found, start = [], 0
+    found, start, first = [], 0, None
     encoders = LAYOUTS[family]
     for number, encoder in enumerate(encoders):
         if start >= keys:
             break
         spelled = watch.ids(encoder, *picture) if watch else None
-        stop = keys
+        first, stop = first or spelled, keys
         if watch is not None and number < len(encoders) - 1:
             stop = start + watch.pipe.tokenizer_max_length
         part = _part(spelled, groups, start, stop, padding)
         if part is not None:
             found.append(part)
         start = stop
+    if not found and first:
+        place(*first, groups)  # says which word is missing
     if not found:
         raise SteeringError(_nowhere(watch, groups, keys))
     return found
@@ -187,6 +189,9 @@ def _part(
         placed = groups
     else:
         tokenizer, ids = spelled
+        words = [word for group in groups for word in group if isinstance(word, str)]
+        if words and not any(find_each(tokenizer, ids, word) for word in words):
+            return None
         special = set(tokenizer.all_special_ids)
         content = [start + i for i, token in enumerate(ids) if token not in special]
         placed = place(tokenizer, ids, groups, start)

@@ -74,6 +74,17 @@ def test_sd3_has_the_words_twice_and_flux_in_t5_alone() -> None:
     assert found.columns == (0, 1, 2, 3)
 
 
+def test_an_encoder_whose_prompt_is_cut_off_before_every_word_is_left_out() -> None:
+    call = {"prompt": "a dog and car", "prompt_2": None, "prompt_3": None, "max_sequence_length": 1}
+    (clip,) = readings(watch_of("sd3", **call), "SD3, SD3.5", (0, 1), groups("dog", "car"), 17, False)
+    assert clip.columns == (1, 2, 3, 4)
+    with pytest.raises(SteeringError, match="'bird' is not in the prompt; its tokens are 0 '<|startoftext|>'"):
+        readings(watch_of("sd3", **call), "SD3, SD3.5", (0, 1), groups("bird"), 17, False)
+    call |= {"max_sequence_length": 4}  # the dog, but not the car
+    with pytest.raises(SteeringError, match="'car' is not in the prompt"):
+        readings(watch_of("sd3", **call), "SD3, SD3.5", (0, 1), groups("dog", "car"), 20, False)
+
+
 def test_pictures_of_several_prompts_have_their_own_words() -> None:
     watch = watch_of(
         "sd15", prompt=["a dog", "the blue dog"], num_images_per_prompt=2, do_classifier_free_guidance=True
