@@ -54,26 +54,34 @@ def picture(call: AttentionCall) -> slice:
     return slice(start, stop)
 
 
-def share(call: AttentionCall, frames: int, read: Sequence[Sequence[int]], kept: Tensor, weight: Tensor) -> Segments:
+def share(
+    call: AttentionCall,
+    frames: int,
+    read: Sequence[Sequence[int]],
+    kept: Tensor,
+    weight: Tensor,
+    tokens: Tensor | None = None,
+) -> Segments:
     """Image queries also see the kept image tokens of the pictures that their own picture reads.
 
     Text queries and text keys of joint attention take no part: a prompt would leak into the other pictures.
 
     Args:
         read: for each picture of a story the others that it reads.
-        kept: bool ``(frames, n)``: the tokens of each picture that others see.
+        kept: bool ``(pictures, m)``: the tokens of each picture that others see.
         weight: ``(1 or frames, H)``: the factor on what they weigh.
+        tokens: ``(pictures, m)``: which image tokens these are, so that only they are computed; None: all in order.
     """
     stories, width, image = count(call, frames), max(map(len, read)), picture(call)
     device = call.q.device
     filled = [[*entry, *[0] * (width - len(entry))] for entry in read]
     lent = torch.tensor(filled, dtype=torch.long).to(device, non_blocking=True)
-    bias = torch.zeros(kept.shape, device=device).masked_fill(~kept, -torch.inf)[lent]  # (frames, S, n)
-    keys = queries = None
-    if image != slice(0, call.q.shape[2]):
-        place = torch.arange(call.q.shape[2], device=device)
-        keys = place[image].expand(1, width, -1)
-        queries = ((place >= image.start) & (place < image.stop)).expand(1, width, -1)
+    bias = torch.zeros(kept.shape, device=device).masked_fill(~kept, -torch.inf)[lent]  # (frames, S, m)
+    joint, place = image != slice(0, call.q.shape[2]), torch.arange(call.q.shape[2], device=device)
+    keys = place[image].expand(1, width, -1) if joint else None
+    if tokens is not None:
+        keys = (tokens[lent] + image.start).repeat(stories, 1, 1)
+    queries = ((place >= image.start) & (place < image.stop)).expand(1, width, -1) if joint else None
     weight = weight if weight.shape[0] == 1 else weight.repeat(stories, 1)
     return Segments(sources(call, frames, read), weight, bias.repeat(stories, 1, 1), keys, queries)
 

@@ -9,9 +9,9 @@ Of each anchor picture j the tokens of the subject are lent, each dropped with p
 
 All queries of a picture see the same keys; there is one softmax over them all.
 
-Fused: one call per anchor that is read and one for the log-sum-exp of the own keys, merged; no map over several
-pictures. Cost per chosen layer: 1 + (anchors read) more calls of the size of the own one. In joint attention (our
-extension) image queries read image keys, text takes no part.
+Fused: one call per anchor that is read, over the keys of its subject alone, and one for the log-sum-exp of the own
+keys, merged; no map over several pictures. Cost per chosen layer: one call of the size of the own one, and one of the
+subject's share of it per anchor. In joint attention (our extension) image queries read image keys, text takes no part.
 Limits: the masks are given once (``attnsteer.stories`` makes them from boxes or from a rehearsal), where the authors
 refresh theirs from the cross-attention of the steps before. Without masks whole pictures are shared. Query blending and
 feature injection, the paper's two other parts, are not here. The paper's own parameter values are unconfirmed.
@@ -28,6 +28,7 @@ from torch import Tensor
 from attnsteer.draws import kept
 from attnsteer.edits import Edit
 from attnsteer.errors import SteeringError
+from attnsteer.layouts import pad
 from attnsteer.processor import Processor, check_number
 from attnsteer.site import AttentionCall, Kind
 from attnsteer.stories import check_masks, picture, share, to_grid
@@ -88,20 +89,30 @@ class SharedSelfAttention(Processor):
     def react(self, call: AttentionCall) -> Edit:
         device = call.q.device
         step = 0 if call.step is None else call.step
-        subject = self._subjects(call)
-        frame, token = (torch.arange(size, device=device) for size in subject.shape)
-        remains = subject & kept(1 - self.dropout, self.seed, step, len(token), frame[:, None], token, device=device)
+        tokens, subject = self._subjects(call)
+        frame = torch.arange(self.lenders, device=device)[:, None]
+        image = picture(call)
+        n = image.stop - image.start
+        remains = subject & kept(1 - self.dropout, self.seed, step, n, frame, tokens, device=device)
         read = [[j for j in range(self.lenders) if j != i] for i in range(self.frames)]
         weight = torch.full((1, call.site.heads), float(self.strength), device=device)
-        return share(call, self.frames, read, remains, weight)
+        return share(call, self.frames, read, remains, weight, None if self.masks is None else tokens)
 
-    def _subjects(self, call: AttentionCall) -> Tensor:
-        """The subject tokens of every anchor, bool ``(anchors, n)``."""
-        image = picture(call)
+    def _subjects(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        """The subject tokens of every anchor ``(anchors, m)``, and which of these entries are real."""
+        image, device = picture(call), call.q.device
         if self.masks is None:
-            return torch.ones(self.lenders, image.stop - image.start, dtype=torch.bool, device=call.q.device)
+            every = torch.arange(image.stop - image.start, device=device).expand(self.lenders, -1)
+            return every, torch.ones_like(every, dtype=torch.bool)
         if "subjects" not in call.state:
             if call.spans is None or call.spans.grid is None:
                 raise SteeringError(f"The image grid is unknown at {call.site.name!r}, so masks cannot be laid on it.")
-            call.state["subjects"] = to_grid(self.masks, call.spans.grid).to(call.q.device)
+            tokens, real = subject_tokens(self.masks, call.spans.grid)
+            call.state["subjects"] = tokens.to(device), real.to(device)
         return call.state["subjects"]
+
+
+@torch.compiler.disable
+def subject_tokens(masks: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """The tokens of masks at the resolution of a site, ``(S, m)``, and which of these entries are real."""
+    return pad([mask.nonzero().flatten() for mask in to_grid(masks.cpu(), grid)])

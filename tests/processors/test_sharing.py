@@ -386,7 +386,9 @@ def test_masks_survive_saving(tmp_path):
 def test_the_oracle_of_segments_agrees_with_the_loop():
     call = self_call(2, 1)
     edit = SharedSelfAttention(frames=2, masks=MASKS).react(call)
-    expected = reference.segments(call.q, call.k, call.v, edit.source, edit.weight.expand(2, -1), bias=edit.bias)
+    expected = reference.segments(
+        call.q, call.k, call.v, edit.source, edit.weight.expand(2, -1), bias=edit.bias, keys=edit.keys
+    )
     torch.testing.assert_close(attend(call, [edit]), expected, **EXACT)
 
 
