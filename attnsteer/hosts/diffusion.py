@@ -31,11 +31,9 @@ from .base import Call, copy_nest, intercept, intercepted, is_compiled, named_in
 from .bindings import Bindings
 from .carry import steering
 from .diffusers_seam import arm
-from .nurse import Nurse
+from .nurse import WARM_UPS, Nurse
 
 PlanRows = tuple[tuple[Plan, ...], ...]
-WARM_UPS = 2
-"""Calls of the denoiser on other latents that may come before a run (a probe, a warm-up) without a step between."""
 
 
 @dataclass(eq=False)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import SteeringError
+from ..errors import NotReachedError, SteeringError
 from ..lanes import cfg_lanes
 from ..logits import compute_dtype
 from ..nursing import Moment, Nursing, descend
@@ -25,6 +25,8 @@ from .base import Call, copy_nest, named_inputs, unwrap
 from .gradient import BindingsOf, Forward, GradientPass
 from .prompts import LAYOUTS, PromptWatch
 
+WARM_UPS = 2
+"""Calls of the denoiser on other latents that may come before a run (a probe, a warm-up) without a step between."""
 LOSES_UPDATES = {
     "UniPCMultistepScheduler": "its corrector starts from the sample that it made itself",
     "SASolverScheduler": "its corrector starts from the sample that it made itself",
@@ -35,7 +37,7 @@ LOSES_UPDATES = {
     "DPMSolverSDEScheduler": "its second evaluations start from the sample of the first",
     "DPMSolverSinglestepScheduler": "its second evaluations start from the sample of the first",
 }
-"""Schedulers that drop the sample they are given, at least in some steps, and why."""
+"""Schedulers that drop the sample they are given in many steps, and why. PNDM does so in its second step alone."""
 
 
 @dataclass(eq=False)
@@ -74,6 +76,7 @@ class Nurse:
         self._rows, self._pipe, self._bindings, self._parts = rows, pipe, bindings, parts
         self.watch: PromptWatch | None = None
         self._update: _Update | None = None
+        self._unused = 0
         self._memory: dict[tuple[int, int], Any] = {}
         self.passes = 0  # gradient passes so far
 
@@ -104,6 +107,7 @@ class Nurse:
         given = denoisers.sample_of(family, inputs)
         update = self._update
         if update is None or update.index != moment.index or not _same(given, update.before):
+            self._count(update)
             samples = self._samples(model, given)
             first = cfg_lanes(given.shape[0], samples, self._parts(model))["cond"].rows.start
             forward = Forward(model, family, call, copy_nest(inputs), samples, first)
@@ -114,6 +118,19 @@ class Nurse:
         spread = (times, *[1] * (given.dim() - 1))
         latent = torch.where(update.moved.repeat(spread), update.after.repeat(spread), given)
         return (), {**inputs, family.rows[0]: latent}
+
+    def _count(self, pending: _Update | None) -> None:
+        """Updates that no step of the scheduler followed.
+
+        Raises:
+            NotReachedError: where somebody else's scheduler steps, so that they would be lost without a word.
+        """
+        self._unused = 0 if pending is None else self._unused + 1
+        if self._unused > WARM_UPS:
+            raise NotReachedError(
+                f"The latent was updated {self._unused + 1} times while the attached scheduler made no step: attach to "
+                "the pipeline (or pass the scheduler) that runs."
+            )
 
     def at_step(self, model_output: Tensor, sample: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What the scheduler gets: the prediction with the velocity control, and the sample that was predicted from."""
@@ -136,14 +153,15 @@ class Nurse:
         """The update in the scheduler's space: ``x + (x_in' - x_in) / c``."""
         if torch.equal(update.before, sample):
             return torch.where(update.moved, update.after, sample)
-        x_in, x = update.before.double(), sample.double()
+        wide = compute_dtype(sample)
+        x_in, x = update.before.to(wide), sample.to(wide)
         factor = (x_in * x).sum() / (x * x).sum()
         if float((x_in - factor * x).norm()) > 0.02 * float(x_in.norm()):
             raise SteeringError(
                 "The denoiser's input is no multiple of the scheduler's sample: latent updates are not available for "
                 "a pipeline that changes the latents in between."
             )
-        shifted = (x + (update.after.double() - x_in) / factor).to(sample.dtype)
+        shifted = (x + (update.after.to(wide) - x_in) / factor).to(sample.dtype)
         return torch.where(update.moved, shifted, sample)
 
     def _samples(self, model: torch.nn.Module, given: Tensor) -> int:

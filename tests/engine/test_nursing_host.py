@@ -160,6 +160,18 @@ def test_an_own_loop_gives_positions_and_its_scheduler() -> None:
         attnsteer.attach(model, AStar(tokens=((2,), (4,)), level=0))
 
 
+def test_another_scheduler_than_the_attached_one_is_noticed() -> None:
+    model, inputs = denoisers.build("unet_sd15")
+    attached = pipelines.build("sd15").scheduler
+    attached.set_timesteps(5)
+    other = [inputs(1, seed=seed) for seed in range(4)]
+    with attnsteer.attach(model, AStar(tokens=((2,), (4,)), level=0), scheduler=attached), torch.no_grad():
+        for given in other[:3]:
+            model(**given)
+        with pytest.raises(NotReachedError, match="attached scheduler made no step"):
+            model(**other[3])
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 def test_what_cannot_work_is_refused_with_every_reason() -> None:
     from diffusers import UniPCMultistepScheduler
