@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from attnsteer.world import sampling, text
+from attnsteer.world import assets, sampling, text
 from attnsteer.world.catalog import CORE
 from attnsteer.world.evaluate import answers
 from attnsteer.world.train import data, llava
@@ -172,3 +172,25 @@ def test_causes_rank_what_is_made_up_among_the_absent_categories() -> None:
     assert report["made_up_percentile"] == report["made_up_first"] == 1.0  # the ball is named before the cup
     assert report["there_first"] == 0.0 and report["there_top3"] == 1.0  # the dog: third, behind these two
     assert report["there_percentile"] == pytest.approx(1 - 2 / (len(CORE) - 2))
+
+
+# ---------------------------------------------------------------------------------------------------- the model
+
+
+@pytest.fixture(scope="module")
+def shipped() -> answers.Answerer:
+    try:
+        return answers.Answerer(assets.path("models/world-llava"))
+    except FileNotFoundError as error:
+        pytest.skip(f"model not trained here: {error}")
+
+
+def test_recorded_scores_of_the_shipped_model(shipped: answers.Answerer) -> None:
+    """32 scenes of each kind; the tolerance is one or two answers, as other CPUs round differently."""
+    drawn = [answers.balanced(number) for number in range(32)]
+    alone = [answers.lonely(number) for number in range(32)]
+    yes_no = answers.pope(shipped, drawn)
+    scores = answers.description_scores(shipped(alone, [text.DESCRIBE] * 32), alone)
+    assert yes_no["pope_random_f1"] == pytest.approx(0.969, abs=0.04)
+    assert scores["chair_i"] == pytest.approx(0.086, abs=0.04)
+    assert scores["recall"] == pytest.approx(0.841, abs=0.04)

@@ -84,10 +84,10 @@ def write(name: str, scores: Mapping[str, float], folder: Path) -> None:
 
 
 def tables(scores: Mapping[str, Mapping[str, float]]) -> str:
-    """The whole README.md; a model without scores has an empty row."""
+    """The whole README.md; a model without scores has no row."""
     titles = ["model", "guidance", *PICTURES.values(), "s a picture"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    lines += [row(name, scores.get(name, {})) for name in ("world-sd", "world-sd3", "world-flux")]
+    lines += [row(name, scores[name]) for name in ("world-sd", "world-sd3", "world-flux") if name in scores]
     judge, llava = scores.get("world-judge", {}), scores.get("world-llava", {})
     lines.append(row("true scenes", {key: judge[f"true_{key}"] for key in PICTURES if f"true_{key}" in judge}))
     page = HEAD + PAINTERS + "\n".join(lines) + "\n"
