@@ -181,7 +181,7 @@ def contact_sheet(
     chosen: list[int] = []
     for kind in dict.fromkeys(wish.kind for wish in asked):
         mine = [n for n, wish in enumerate(asked) if wish.kind == kind]
-        chosen += [mine[i * len(mine) // (2 * columns)] for i in range(2 * columns)]
+        chosen += [mine[37 * i % len(mine)] for i in range(2 * columns)]  # 37: of different categories
     gap, height = 8, side + 40
     page = Image.new("RGB", (gap + columns * (side + gap), gap + len(chosen) // columns * (height + gap)), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(10)
