@@ -39,7 +39,7 @@ def main(site: str, blocked: str | None) -> None:
 
     for name in processors.available():
         assert issubclass(getattr(processors, name), attnsteer.Processor)
-        processors.get(name)().to_dict()
+        configured(processors.get(name)).to_dict()
     for library in ("diffusers", "transformers"):
         assert library not in sys.modules, f"importing the public names imported {library}"
     if blocked != "transformers":
@@ -47,6 +47,16 @@ def main(site: str, blocked: str | None) -> None:
     if blocked != "diffusers":
         denoiser()
     print(f"installed attnsteer {attnsteer.__version__} works" + (f" without {blocked}" if blocked else ""))
+
+
+def configured(processor: Any) -> Any:
+    """With its defaults, and what has none: words of the prompt, or masks of one subject."""
+    import torch
+
+    if name := next((name for name in ("subjects", "references") if hasattr(processor, name)), None):
+        mask = torch.ones(1, 8, 8)
+        return processor(subjects=("dog", "car")) if name == "subjects" else processor(references=mask, scene=mask)
+    return processor()
 
 
 def steers(model: Any, inputs: dict[str, Any]) -> None:
