@@ -53,9 +53,10 @@ def configured(processor: Any) -> Any:
     """With its defaults, and what has none: words of the prompt, or masks of one subject."""
     import torch
 
-    if name := next((name for name in ("subjects", "references") if hasattr(processor, name)), None):
-        mask = torch.ones(1, 8, 8)
-        return processor(subjects=("dog", "car")) if name == "subjects" else processor(references=mask, scene=mask)
+    if hasattr(processor, "references"):
+        return processor(references=torch.ones(1, 8, 8), scene=torch.ones(1, 8, 8))
+    if hasattr(processor, "subjects"):
+        return processor(subjects=("dog", "car"))
     return processor()
 
 
