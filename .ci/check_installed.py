@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 
@@ -39,7 +40,8 @@ def main(site: str, blocked: str | None) -> None:
 
     for name in processors.available():
         assert issubclass(getattr(processors, name), attnsteer.Processor)
-        configured(processors.get(name)).to_dict()
+        with TemporaryDirectory() as folder:
+            configured(processors.get(name)).save_pretrained(folder)
     for library in ("diffusers", "transformers"):
         assert library not in sys.modules, f"importing the public names imported {library}"
     if blocked != "transformers":
