@@ -58,7 +58,7 @@ def configured(processor: Any) -> Any:
     if hasattr(processor, "references"):
         return processor(references=torch.ones(1, 8, 8), scene=torch.ones(1, 8, 8))
     if hasattr(processor, "subjects"):
-        return processor(subjects=("dog", "car"))
+        return processor(subjects=("red dog", "blue car"))
     return processor()
 
 
