@@ -29,7 +29,7 @@ from attnsteer.world.train.pictures import TEXT_LENGTH, Bank
 from attnsteer.world.train.vae import CHANNELS
 
 CLIP_WIDTH, T5_WIDTH = 64, 128
-LENGTHS = ((48, 0.84, 1), (64, 0.06, 1), (128, 0.06, 2), (512, 0.04, 8))  # T5 tokens, share, batch divided by
+LENGTHS = ((32, 0.82, 1), (64, 0.1, 1), (128, 0.06, 2), (512, 0.02, 8))  # T5 tokens (17 on average), share, batch /
 
 
 def t5_tokenizer() -> T5Tokenizer:
