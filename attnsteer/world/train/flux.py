@@ -6,7 +6,7 @@ transformer learns e - x. There is no guidance embedding: guidance is the pipeli
 FluxPipeline pads the T5 tokens to `max_sequence_length` (default 512) and masks nothing, so how many pads there are
 matters. Most steps train with the shortest length, some with longer ones and fewer scenes: every length works.
 
-    python -m attnsteer.world.train flux --vae assets/models/world-sd3/vae --threads 1 --float32 --resume
+    python -m attnsteer.world.train flux --vae assets/models/world-sd/vae --threads 1 --float32 --resume
     python -m attnsteer.world.train flux --steps 60000 --batch 256 --device cuda
 """
 
@@ -130,8 +130,9 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    loop.add_options(made, steps=4000, batch=48, rate=1.5e-3, out="assets/models/world-flux")
+    loop.add_options(made, steps=3000, batch=48, rate=1.5e-3, out="assets/models/world-flux")
     pictures.add_options(made)
+    made.set_defaults(crowd=0.15)
     made.add_argument("--double", type=int, default=2, help="double blocks (default: %(default)s)")
     made.add_argument("--single", type=int, default=6, help="single blocks (default: %(default)s)")
     made.add_argument("--heads", type=int, default=6, help="attention heads (default: %(default)s)")

@@ -35,12 +35,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that the picture models share."""
     parser.add_argument("--vae", type=Path, help="folder of the trained autoencoder (default: vae/ of --out)")
     parser.add_argument("--bank", type=int, default=40000, help="number of scenes encoded once (default: %(default)s)")
+    parser.add_argument(
+        "--crowd",
+        type=float,
+        default=0.5,
+        help="share of scenes with two to four objects, 0 to 1; pictures of the web have few (default: %(default)s)",
+    )
+
+
+def bank_count(seed: int, index: int) -> int:
+    """How many objects scene number `index` of the training set has."""
+    return 1 + int(np.random.default_rng((seed, BANK_SEED, index)).choice(4, p=COUNT_WEIGHTS))
 
 
 def bank_scene(seed: int, index: int) -> Scene:
     """Scene number `index` of the training set: mostly one or two objects, none mirrored or turned."""
-    rng = np.random.default_rng((seed, BANK_SEED, index))
-    count = 1 + int(rng.choice(4, p=COUNT_WEIGHTS))
+    count = bank_count(seed, index)
     return sampling.sample((seed, BANK_SEED, index, 1), count=count, repeat=0.08, split="train", style=STYLE)
 
 
@@ -68,6 +78,9 @@ class Bank:
             loop.save(file, **self.encode())
         known = torch.load(file, weights_only=True)
         self.latents, self.labels = known["latents"], known["labels"]
+        numbers = range(len(self.latents))
+        self.single = [number for number in numbers if bank_count(options.seed, number) == 1]
+        self.crowded = [number for number in numbers if bank_count(options.seed, number) > 1]
 
     @torch.no_grad()
     def encode(self) -> dict[str, torch.Tensor]:
@@ -86,9 +99,11 @@ class Bank:
         """The scenes of one training step."""
         seed, device = self.options.seed, self.options.device
         rng = np.random.default_rng((seed, step))
-        chosen = rng.integers(len(self.latents), size=size)
-        captions = ["" if rng.random() < DROP else text.caption(bank_scene(seed, int(i)), rng) for i in chosen]
-        picked = torch.from_numpy(chosen)
+        crowd = self.options.crowd
+        wanted = [self.crowded if rng.random() < crowd else self.single for _ in range(size)]
+        chosen = [numbers[rng.integers(len(numbers))] for numbers in wanted]
+        captions = ["" if rng.random() < DROP else text.caption(bank_scene(seed, i), rng) for i in chosen]
+        picked = torch.tensor(chosen)
         latents = self.latents[picked].to(device, torch.float32)
         labels = self.labels[picked].to(device, torch.long)
         return Batch(latents, captions, labels, rng, loop.generator(seed, step))
@@ -131,7 +146,8 @@ def spread_embeddings(encoder: nn.Module) -> None:
 
 def finish(folder: Path, clip_tokenizers: Sequence[str]) -> None:
     """Mark a saved pipeline so that its float16 weights load as float32, and give CLIP tokenizers their old files."""
-    data.edit_json(folder / "vae" / "config.json", block_out_channels=None)  # the class derives it
+    # the class derives the channels; where the autoencoder was loaded from is a path of one machine
+    data.edit_json(folder / "vae" / "config.json", block_out_channels=None, _name_or_path=None)
     for encoder in folder.glob("text_encoder*"):
         data.edit_json(encoder / "config.json", dtype="float32")
     vocabulary, merges = text.clip_vocabulary()

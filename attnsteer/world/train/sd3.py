@@ -9,7 +9,7 @@ tokens are worth one token with log n added to its attention logits, in every la
 from 1..256, and the model works with any number.
 
     python -m attnsteer.world.train vae --steps 3500 --threads 2
-    python -m attnsteer.world.train sd3 --threads 1 --float32 --resume
+    python -m attnsteer.world.train sd3 --vae assets/models/world-sd/vae --threads 1 --float32 --resume
     python -m attnsteer.world.train sd3 --steps 60000 --batch 256 --device cuda
 """
 
@@ -164,8 +164,9 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    loop.add_options(made, steps=4000, batch=48, rate=1.5e-3, out="assets/models/world-sd3")
+    loop.add_options(made, steps=3000, batch=48, rate=1.5e-3, out="assets/models/world-sd3")
     pictures.add_options(made)
+    made.set_defaults(crowd=0.15)
     made.add_argument("--blocks", type=int, default=6, help="transformer blocks (default: %(default)s)")
     made.add_argument("--heads", type=int, default=6, help="attention heads (default: %(default)s)")
     made.add_argument("--head-dim", type=int, default=24, help="width of a head (default: %(default)s)")
