@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,11 +80,27 @@ def call_of(
     return AttentionCall(site, kernel, q, k, v, mask, scale, causal, spans)
 
 
-def rows_of(call: AttentionCall, rows: slice) -> AttentionCall:
-    """The call with some of its batch rows alone."""
+def story_call(
+    batch: int, grid: tuple[int, int, int], text: int = 0, *, text_first: bool = False, step: int, **options: Any
+) -> AttentionCall:
+    """Self-attention of pictures at one step of the schedule, joint with ``text`` tokens if there are any."""
+    n = math.prod(grid)
+    spans = Spans(slice(text, n + text), slice(0, text), grid)
+    if not text_first:
+        spans = Spans(slice(0, n), slice(n, n + text), grid)
+    kind: Kind = "joint" if text else "self"
+    call = make_call(batch=batch, heads=3, kv_heads=3, n_q=n + text, kind=kind, spans=spans, **options)
+    call.step = torch.tensor(step)
+    return call
+
+
+def rows_of(call: AttentionCall, rows: slice | list[int]) -> AttentionCall:
+    """The call with some of its batch rows alone, or in another order."""
     mask = call.mask if call.mask is None or call.mask.dim() < 4 or call.mask.shape[0] == 1 else call.mask[rows]
     spans, scale = call.spans, call.scale
-    return call_of(call.q[rows], call.k[rows], call.v[rows], mask, call.is_causal, call.site.kind, spans, scale)
+    found = call_of(call.q[rows], call.k[rows], call.v[rows], mask, call.is_causal, call.site.kind, spans, scale)
+    found.step = call.step
+    return found
 
 
 def explicit_map(call: AttentionCall, bias: Tensor | None = None) -> Tensor:

@@ -126,6 +126,17 @@ def predict(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return model(**inputs, return_dict=False)[0]
 
 
+def each_story(model: nn.Module, inputs: dict[str, Any], pictures: int, stories: int = 2) -> Tensor:
+    """The predictions for the rows of each story alone, in the order of the batch."""
+
+    def part(x: Any, rows: slice) -> Any:
+        if isinstance(x, Mapping):
+            return {k: part(v, rows) for k, v in x.items()}
+        return x[rows] if isinstance(x, Tensor) and x.dim() and len(x) == stories * pictures else x
+
+    return torch.cat([predict(model, part(inputs, slice(s * pictures, (s + 1) * pictures))) for s in range(stories)])
+
+
 def last_site(model: Any, kinds: tuple[str, ...] = ("self", "joint")) -> Site:
     return [site for site in attnsteer.sites(model) if site.kind in kinds][-1]
 

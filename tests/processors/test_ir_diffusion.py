@@ -19,8 +19,8 @@ from attnsteer.layouts import disjoint, isolation_table, nearest, packed, reposi
 from attnsteer.processors import IRDiffusion, SharedSelfAttention, SoftPAG
 from attnsteer.site import AttentionCall, Spans
 from attnsteer.stories import box_masks
-from tests.calls import call_of, make_call, repeated, rows_of
-from tests.engine.common import latents, predict, to_double
+from tests.calls import call_of, make_call, repeated, rows_of, story_call
+from tests.engine.common import each_story, latents, predict, to_double
 from tests.tiny import denoisers, pipelines
 
 EXACT = {"atol": 1e-12, "rtol": 0}
@@ -43,19 +43,11 @@ def method(**options: Any) -> IRDiffusion:
 
 
 def self_call(stories: int = 2, step: int = 3, **options: Any) -> AttentionCall:
-    spans = Spans(slice(0, N), slice(0, 0), (1, H, W))
-    call = make_call(batch=3 * stories, heads=3, kv_heads=3, n_q=N, kind="self", spans=spans, **options)
-    call.step = torch.tensor(step)
-    return call
+    return story_call(3 * stories, (1, H, W), step=step, **options)
 
 
 def joint_call(stories: int = 2, text_first: bool = False, **options: Any) -> AttentionCall:
-    spans = Spans(slice(0, N), slice(N, N + TEXT), (1, H, W))
-    if text_first:
-        spans = Spans(slice(TEXT, N + TEXT), slice(0, TEXT), (1, H, W))
-    call = make_call(batch=3 * stories, heads=3, kv_heads=3, n_q=N + TEXT, spans=spans, **options)
-    call.step = torch.tensor(3)
-    return call
+    return story_call(3 * stories, (1, H, W), TEXT, text_first=text_first, step=3, **options)
 
 
 def cross_call(stories: int = 2, **options: Any) -> AttentionCall:
@@ -219,8 +211,7 @@ def test_one_subject_isolates_nothing_and_mutual_zero_changes_no_cross_attention
 def test_rows_of_the_joint_softmax_sum_to_one():
     for how in METHODS:
         call = self_call()
-        ones = call_of(call.q, call.k, torch.ones_like(call.v), kind="self", spans=call.spans)
-        ones.step = call.step
+        ones = replace(call, v=torch.ones_like(call.v))
         torch.testing.assert_close(steered(ones, how), torch.ones_like(call.q), **EXACT)
 
 
@@ -291,7 +282,6 @@ def test_a_story_in_a_batch_equals_the_story_alone():
         together = steered(call, method())
         for story in range(2):
             alone = rows_of(call, slice(3 * story, 3 * story + 3))
-            alone.step = call.step
             torch.testing.assert_close(together[3 * story : 3 * story + 3], steered(alone, method()), **EXACT)
 
 
@@ -305,14 +295,7 @@ def test_models_with_two_stories(name):
     with attnsteer.steer(model, how) as steering:
         kinds = {site.kind for site in steering.selections[0]}
         together = predict(model, given)
-        for story in range(2):
-            rows = torch.arange(3 * story, 3 * story + 3)
-            part = {
-                k: v[rows] if isinstance(v, Tensor) and v.dim() and v.shape[0] == 6 else v for k, v in given.items()
-            }
-            if "added_cond_kwargs" in given:
-                part["added_cond_kwargs"] = {k: v[rows] for k, v in given["added_cond_kwargs"].items()}
-            torch.testing.assert_close(predict(model, part), together[rows], atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(each_story(model, given, 3), together, atol=2e-5, rtol=2e-5)
     assert kinds == ({"self", "cross"} if name.startswith("unet") else {"joint"})
     assert torch.equal(together[[0, 1, 3, 4]], plain[[0, 1, 3, 4]])
     assert (together[[2, 5]] - plain[[2, 5]]).abs().max() > 1e-3
@@ -412,8 +395,7 @@ def test_it_goes_together_with_other_sharing_in_one_softmax():
     how, other = method(), SharedSelfAttention(frames=3, anchors=1, dropout=0.0)
     both = attend(call, (*how.react(call), other.react(call)))
     assert not torch.equal(both[2], steered(call, how)[2])
-    ones = call_of(call.q, call.k, torch.ones_like(call.v), kind="self", spans=call.spans)
-    ones.step = call.step
+    ones = replace(call, v=torch.ones_like(call.v))
     out = attend(ones, (*how.react(ones), other.react(ones)))
     torch.testing.assert_close(out, torch.ones_like(out), **EXACT)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 import attnsteer
 from attnsteer import SteeringError, Where
@@ -18,10 +19,10 @@ from attnsteer.draws import kept, uniform
 from attnsteer.edits import KeyBias
 from attnsteer.kernels import reference
 from attnsteer.processors import AttendAndExcite, ConsistentSelfAttention, SharedSelfAttention, SoftPAG
-from attnsteer.site import AttentionCall, Spans
+from attnsteer.site import AttentionCall
 from attnsteer.stories import box_masks, to_grid
-from tests.calls import call_of, make_call, repeated, rows_of
-from tests.engine.common import latents, predict, to_double
+from tests.calls import call_of, repeated, rows_of, story_call
+from tests.engine.common import each_story, latents, predict, to_double
 from tests.tiny import denoisers, pipelines
 
 EXACT = {"atol": 1e-12, "rtol": 0}
@@ -31,17 +32,11 @@ LAYERS = {"sd15": "up_blocks*.attn1", "sdxl": "up_blocks*.attn1", "sd3": slice(1
 
 
 def self_call(frames: int = 3, stories: int = 2, step: int = 4, **options: Any) -> AttentionCall:
-    spans = Spans(slice(0, 15), slice(0, 0), GRID)
-    call = make_call(batch=frames * stories, heads=3, kv_heads=3, n_q=15, kind="self", spans=spans, **options)
-    call.step = torch.tensor(step)
-    return call
+    return story_call(frames * stories, GRID, step=step, **options)
 
 
 def joint_call(frames: int = 3, stories: int = 2, text_first: bool = False, **options: Any) -> AttentionCall:
-    spans = Spans(slice(7, 22), slice(0, 7), GRID) if text_first else Spans(slice(0, 15), slice(15, 22), GRID)
-    call = make_call(batch=frames * stories, heads=3, kv_heads=3, n_q=22, spans=spans, **options)
-    call.step = torch.tensor(4)
-    return call
+    return story_call(frames * stories, GRID, 7, text_first=text_first, step=4, **options)
 
 
 def steered(call: AttentionCall, method: Any) -> Tensor:
@@ -227,8 +222,7 @@ def test_the_number_of_keys_of_each_picture():
 def test_rows_of_the_joint_softmax_sum_to_one():
     for method in (*CSA, *SDSA):
         call = self_call(method.frames, 6 // method.frames)
-        ones = call_of(call.q, call.k, torch.ones_like(call.v), kind="self", spans=call.spans)
-        ones.step = call.step
+        ones = replace(call, v=torch.ones_like(call.v))
         torch.testing.assert_close(steered(ones, method), torch.ones_like(call.q), **EXACT)
 
 
@@ -239,12 +233,9 @@ def test_a_story_in_a_batch_equals_the_story_alone_and_stories_permute(method):
     together = steered(call, method)
     for story in range(3):
         alone = rows_of(call, slice(3 * story, 3 * story + 3))
-        alone.step = call.step
         torch.testing.assert_close(together[3 * story : 3 * story + 3], steered(alone, method), **EXACT)
     order = [6, 7, 8, 0, 1, 2, 3, 4, 5]
-    moved = call_of(call.q[order], call.k[order], call.v[order], call.mask[order], kind="self", spans=call.spans)
-    moved.step = call.step
-    torch.testing.assert_close(steered(moved, method), together[order], **EXACT)
+    torch.testing.assert_close(steered(rows_of(call, order), method), together[order], **EXACT)
 
 
 @pytest.mark.parametrize("name", ["unet_sd15", "unet_sdxl", "sd3", "flux"])
@@ -256,14 +247,7 @@ def test_models_with_two_stories_equal_each_story_alone(name, cls):
     plain = predict(model, given)
     with attnsteer.steer(model, method):
         together = predict(model, given)
-        for story in range(2):
-            rows = torch.arange(3 * story, 3 * story + 3)
-            part = {
-                k: v[rows] if isinstance(v, Tensor) and v.dim() and v.shape[0] == 6 else v for k, v in given.items()
-            }
-            if "added_cond_kwargs" in given:
-                part["added_cond_kwargs"] = {k: v[rows] for k, v in given["added_cond_kwargs"].items()}
-            torch.testing.assert_close(predict(model, part), together[rows], atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(each_story(model, given, 3), together, atol=2e-5, rtol=2e-5)
     assert (together - plain).abs().max() > 1e-4
     assert torch.equal(predict(model, given), plain)
     with attnsteer.steer(model, replace(method, strength=0.0)):
@@ -399,16 +383,10 @@ def test_one_graph_of_a_compiled_model_serves_all_steps(cls):
     method = cls(EVERY, frames=2)
     with attnsteer.steer(pipe, method):
         expected = latents(pipe, "sd15", batch=2)
-    graphs = 0
-
-    def backend(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        nonlocal graphs
-        graphs += 1
-        return gm.forward
-
+    graphs = CompileCounter()
     torch._dynamo.reset()
-    pipe.unet = torch.compile(pipe.unet, backend=backend)
+    pipe.unet = torch.compile(pipe.unet, backend=graphs)
     with attnsteer.steer(pipe, method):
         found = latents(pipe, "sd15", batch=2)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    assert graphs == 1
+    assert graphs.frame_count == 1
