@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -112,6 +113,14 @@ def explicit_map(call: AttentionCall, bias: Tensor | None = None) -> Tensor:
 def repeated(x: Tensor, call: AttentionCall) -> Tensor:
     """k or v with one head per query head, float64."""
     return torch.stack([x[:, h // call.group] for h in range(call.q.shape[1])], dim=1).double()
+
+
+@contextmanager
+def untouched(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, nobody may write into these tensors."""
+    before = [(t, t._version, t.clone()) for t in tensors]
+    yield
+    assert all(t._version == version and torch.equal(t, copy) for t, version, copy in before)
 
 
 class LargestTensor(TorchDispatchMode):

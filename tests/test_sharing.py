@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from attnsteer.attend import attend
 from attnsteer.classes import TokenClasses
@@ -29,7 +30,7 @@ from attnsteer.kernels import reference
 from attnsteer.logits import additive
 from attnsteer.site import AttentionCall, Spans
 
-from .calls import LargestTensor, call_of, explicit_map, make_call, repeated, rows_of
+from .calls import LargestTensor, call_of, explicit_map, make_call, repeated, rows_of, untouched
 from .test_attend import refused
 
 EXACT = {"atol": 1e-12, "rtol": 0}
@@ -345,10 +346,8 @@ def test_rows_permute(which):
 @pytest.mark.parametrize("which", range(4), ids=NAMES)
 def test_nothing_is_written_into_tensors_of_others(which):
     call = make_call(batch=4, mask="keys_bool")
-    held = [call.q, call.k, call.v, call.mask, call.output]
-    before = [(t._version, t.clone()) for t in held]
-    attend(call, [all_edits(call)[which]])
-    assert all(t._version == version and torch.equal(t, copy) for t, (version, copy) in zip(held, before, strict=True))
+    with untouched([call.q, call.k, call.v, call.mask, call.output]):
+        attend(call, [all_edits(call)[which]])
 
 
 @pytest.mark.parametrize("which", range(4), ids=NAMES)
@@ -408,12 +407,7 @@ def test_classes_that_do_not_fit_are_refused(table, q_class, k_class, message):
 @pytest.mark.parametrize("which", range(4), ids=NAMES)
 def test_one_graph_without_breaks_serves_all_weights(which):
     call = make_call(batch=4, dtype=torch.float32)
-    edit, graphs = all_edits(call)[which], 0
-
-    def backend(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
-        nonlocal graphs
-        graphs += 1
-        return gm.forward
+    edit, graphs = all_edits(call)[which], CompileCounter()
 
     def run(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
         if isinstance(edit, Segments):
@@ -423,11 +417,11 @@ def test_one_graph_without_breaks_serves_all_weights(which):
         return attend(call_of(q, k, v), [made])
 
     torch._dynamo.reset()
-    compiled = torch.compile(run, backend=backend, fullgraph=True)
+    compiled = torch.compile(run, backend=graphs, fullgraph=True)
     with torch.no_grad():
         for factor in (1.0, 0.5, 0.0):
             weight = factor * edit.weight
             torch.testing.assert_close(
                 compiled(call.q, call.k, call.v, weight), run(call.q, call.k, call.v, weight), atol=2e-6, rtol=0
             )
-    assert graphs == 1
+    assert graphs.frame_count == 1
