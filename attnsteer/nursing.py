@@ -113,6 +113,8 @@ class Nursing:
         padding: a UNet's maps hold all tokens but the first and the last, with the end and the padding of the prompt;
             else only those of its words. Joint attention gives the words alone.
         velocity: instead of moving the latent, add this multiple of the gradient to the predicted velocity.
+        level, finer: which layers are read where the user leaves it open, see ``map_layers``; None: all selected ones.
+        redirect: the gradient of one picture that is followed in place of its own; for controls.
     """
 
     groups: Groups
@@ -123,6 +125,9 @@ class Nursing:
     rounds: Callable[[int], int] = lambda index: 20
     padding: bool = True
     velocity: Callable[[Moment], float] | None = None
+    level: int | None = None
+    finer: bool = False
+    redirect: Callable[[Tensor, Moment], Tensor] | None = None
 
     def acts(self, moment: Moment) -> bool:
         return moment.index < self.stop or moment.index in self.refine
@@ -183,11 +188,10 @@ def _move(
 
 
 # ---- what methods share ----------------------------------------------------------------------------------------------
-def root_decay(size: float, bounds: tuple[float, float], moment: Moment) -> float:
+def root_decay(size: float, bounds: tuple[float, float]) -> Callable[[Moment], float]:
     """``size * sqrt(linspace(start, stop, total)[index])``: Attend-and-Excite's step, 20 to 14.14 by default."""
     start, stop = bounds
-    along = moment.index / max(1, moment.total - 1)
-    return size * math.sqrt(start + (stop - start) * along)
+    return lambda at: size * math.sqrt(start + (stop - start) * (at.index / max(1, at.total - 1)))
 
 
 def map_layers(where: Where, sites: Sequence[Site], level: int, finer: bool = False) -> Where:
@@ -244,9 +248,7 @@ def mean_map(entries: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(entries)).mean(dim=0)
 
 
-def word_groups(
-    owner: Any, subjects: Sequence[str | Sequence[str]], tokens: Sequence[Sequence[int]], phrases: bool = False
-) -> Groups:
+def word_groups(owner: Any, phrases: bool = False) -> Groups:
     """The groups of a processor from its ``subjects`` (words to be found) or its ``tokens`` (positions).
 
     Args:
@@ -256,7 +258,7 @@ def word_groups(
     Raises:
         SteeringError: neither or both, or something that is no word or no position.
     """
-    name = type(owner).__name__
+    name, subjects, tokens = type(owner).__name__, owner.subjects, owner.tokens
     if bool(subjects) == bool(tokens):
         raise SteeringError(
             f'{name} needs the words that it shall care for: subjects=("dog", "car"), or their positions: '

@@ -1,0 +1,1 @@
+"""Numbers about pictures and answers, and what may be concluded from them."""

@@ -1,0 +1,109 @@
+"""Controls: as strong as the method, without its idea."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import attnsteer
+from attnsteer import Where
+from attnsteer.controls import Astray, all_heads, random_heads, shuffled
+from attnsteer.errors import SteeringError
+from attnsteer.processors import AStar, AttendAndExcite, SoftPAG
+from tests.nursed import LEVEL, PROMPTS, WORDS, generate
+from tests.tiny import pipelines
+
+
+def test_shuffled_keeps_values_and_norm_and_loses_the_direction():
+    gradient = torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = shuffled(gradient, 0, 3)
+    assert torch.equal(found.flatten().sort().values, gradient.flatten().sort().values)
+    assert abs(float(torch.cosine_similarity(found.flatten(), gradient.flatten(), dim=0))) < 0.1
+    assert torch.equal(found, shuffled(gradient, 0, 3))
+    assert not torch.equal(found, shuffled(gradient, 0, 4))
+    assert not torch.equal(found, shuffled(gradient, 1, 3))
+
+
+@pytest.fixture(scope="module", params=["sd15", "flux"])
+def nursed(request):
+    return request.param, pipelines.build(request.param)
+
+
+def moved(name, pipe, method, **options):
+    """The latents after one step with the method, minus those without."""
+    plain = generate(pipe, name, steps=1, cfg=False, **options)
+    with attnsteer.steer(pipe, method):
+        return generate(pipe, name, steps=1, cfg=False, **options) - plain
+
+
+def test_astray_moves_as_far_as_the_method(nursed):
+    """Its first update is the method's own gradient in another order, so the latent itself moves exactly as far."""
+    name, pipe = nursed
+    method = AttendAndExcite(subjects=WORDS, level=LEVEL[name], thresholds={}, scale_factor=1.0)
+    seen = {}
+    for arm in (method, Astray(method=method, seed=2)):
+        latents = []
+        hook = pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
+        handle = hook.register_forward_pre_hook(
+            lambda _, args, kwargs, latents=latents: latents.append(
+                (kwargs.get("hidden_states", kwargs.get("sample", args[0] if args else None))).detach().clone()
+            ),
+            with_kwargs=True,
+        )
+        with attnsteer.steer(pipe, arm):
+            generate(pipe, name, steps=1, cfg=False)
+        handle.remove()
+        seen[type(arm)] = latents
+    start = {kind: found[0] for kind, found in seen.items()}
+    assert torch.equal(start[AttendAndExcite], start[Astray])
+    steps = {kind: found[-1] - found[0] for kind, found in seen.items()}
+    norms = {kind: step.flatten(1).norm(dim=1) for kind, step in steps.items()}
+    assert bool((norms[Astray] > 0).all())
+    torch.testing.assert_close(norms[Astray], norms[AttendAndExcite], rtol=3e-3, atol=0)
+    cosine = torch.cosine_similarity(steps[Astray].flatten(1), steps[AttendAndExcite].flatten(1))
+    assert float(cosine.abs().max()) < 0.3
+
+
+def test_astray_of_rows_alone_and_together(nursed):
+    name, pipe = nursed
+    method = Astray(method=AStar(subjects=WORDS, level=LEVEL[name], scale_factor=0.1))
+    together = moved(name, pipe, method)
+    alone = moved(name, pipe, method, prompts=PROMPTS[1:2], seeds=[1])
+    torch.testing.assert_close(alone[0], together[1], atol=1e-5, rtol=1e-3)
+
+
+def test_astray_of_an_inert_method_changes_nothing(nursed):
+    name, pipe = nursed
+    method = Astray(method=AttendAndExcite(subjects=WORDS, level=LEVEL[name], scale_factor=0))
+    assert not moved(name, pipe, method).any()
+
+
+@pytest.mark.parametrize("method", [None, SoftPAG()])
+def test_astray_needs_a_latent_update(method):
+    with pytest.raises(SteeringError, match="latent"):
+        Astray(method=method)
+
+
+def test_random_and_all_heads():
+    pipe = pipelines.build("sd3")
+    sites = attnsteer.sites(pipe)
+    where = Where(heads={0: [1], 1: [0]}, steps=(0.0, 0.5))
+    own = {(site.name, h) for site, heads in where.select(sites, ("joint", "self")).items() for h in heads}
+    draws = []
+    for seed in range(8):
+        drawn = random_heads(where, sites, seed)
+        found = {(site.name, h) for site, heads in drawn.select(sites, ("joint", "self")).items() for h in heads}
+        assert len(found) == len(own) == 2
+        assert not found & own
+        assert drawn.steps == where.steps
+        draws.append(frozenset(found))
+    assert len(set(draws)) > 1
+    everything = all_heads(where, sites).select(sites, ("joint", "self"))
+    assert {site.layer for site in everything} == {0, 1}
+    assert all(heads == tuple(range(site.heads)) for site, heads in everything.items())
+
+
+def test_too_few_heads_to_draw_from():
+    sites = attnsteer.sites(pipelines.build("sd3"))
+    with pytest.raises(SteeringError, match="left"):
+        random_heads(Where(), sites)
