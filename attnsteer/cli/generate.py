@@ -1,4 +1,4 @@
-"""``attnsteer generate``: one picture of a diffusion model, or one answer of a vision-language model, steered."""
+"""``attnsteer generate``: pictures of a diffusion model, or an answer of a vision-language model, steered."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ import json
 import re
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import SteeringError
-from . import models
-from .options import EMBEDDED, add_model, add_processors, command, finite, parameter, positive, processors
+from . import models, several
+from .options import EMBEDDED, add_model, add_processors, command, described, finite, parameter, positive
+
+if TYPE_CHECKING:
+    from ..variants import Variant
 
 OWNED = {
     "prompt": "--prompt",
@@ -33,14 +37,18 @@ def add(subparsers: Any) -> None:
         subparsers,
         "generate",
         run,
-        "Generate a picture (diffusion model) or an answer about a picture (vision-language model), steered.",
+        "Generate pictures (diffusion model) or an answer about a picture (vision-language model), steered.",
         [
-            'generate world-sd3 --prompt "a dog and a car" --processor SoftPAG --layers 2,3 --param strength=.5',
-            'generate world-llava --image photo.png --prompt "What is in the image?" --processor VHR',
+            'generate world-sd3 --prompt "a dog and a car" --method softpag --layers 2,3 --variants strength=.25,.5,1',
+            'generate world-sd --prompt "a dog and a car" --method attend-and-excite --subjects dog,car --num-seeds 4',
+            'generate world-sd --prompt "a dog" --prompt "a dog and a cat" --method consistent-self-attention',
+            'generate world-sd3 --prompt "a dog" --variants my-configurations.json --out sheet.png',
+            'generate world-llava --image photo.png --prompt "What is in the image?" --method vhr',
         ],
     )
     add_model(parser)
-    parser.add_argument("--prompt", required=True, help="what to show, or the question about --image")
+    asked = "what to show, or the question about --image; several times: the pictures of a story, in one batch"
+    parser.add_argument("--prompt", required=True, action="append", metavar="TEXT", help=asked)
     parser.add_argument("--negative-prompt", help="what not to show")
     parser.add_argument("--image", metavar="FILE", help="the picture that the question is about")
     parser.add_argument("--num-steps", type=positive, default=20, help="denoising steps (default: 20)")
@@ -49,63 +57,93 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--call", action="append", default=[], metavar="NAME=VALUE", help="an argument of the pipeline, e.g. height=512"
     )
-    parser.add_argument("--out", metavar="FILE", help="where the picture goes (default: outputs/generate/...)")
+    where = (
+        "where the picture goes, or of several the sheet, with the pictures beside it (default: outputs/generate/...)"
+    )
+    parser.add_argument("--out", metavar="FILE", help=where)
     add_processors(parser)
+    _add_several(parser.add_argument_group("several pictures, the plain ones first"))
+
+
+def _add_several(group: Any) -> None:
+    tried = "values to try, e.g. strength=.25,.5 or layers=2,3 (repeatable: every combination), or a JSON list of the"
+    group.add_argument(
+        "--variants",
+        action="append",
+        default=[],
+        metavar="NAME=V,V|FILE",
+        help=f"{tried} configurations that to_dict writes",
+    )
+    group.add_argument("--num-seeds", type=positive, default=1, metavar="N", help="seeds from --seed on (default: 1)")
+    group.add_argument("--batch", type=positive, metavar="N", help="pictures at once (default: all variants of a seed)")
 
 
 def run(given: argparse.Namespace) -> int:
-    wanted, call = processors(given), pipeline_arguments(given)
+    tried, call = several.variants(given), pipeline_arguments(given)
     picture = load_picture(given.image) if given.image else None
+    _check(given, tried)
+    target, hf_processor = models.load(given.model, given.device, given.dtype)
+    start, wanted = time.perf_counter(), list(tried[-1].processors)
+    result: dict[str, Any]
+    if picture is None:
+        result = paint(given, target, tried, call)
+    else:
+        result = {"answer": answer(target, hf_processor, picture, given.prompt[0], wanted, given.max_new_tokens)}
+    report: dict[str, Any] = {"model": given.model, "prompt": given.prompt[0], "seed": given.seed}
+    report |= {"prompts": given.prompt} if len(given.prompt) > 1 else {}
+    report |= {"processors": [described(p) for p in wanted]} if "pictures" not in result else {}
+    report |= {"seconds": round(time.perf_counter() - start, 3), **result}
+    if given.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print(report.get("answer") or "\n".join([*report["files"], *([report["sheet"]] if "sheet" in report else [])]))
+    return 0
+
+
+def _check(given: argparse.Namespace, tried: Sequence[Variant]) -> None:
+    """Refuse options that do not go with the model or with each other, before anything is loaded."""
     pipeline = models.is_pipeline(models.locate(given.model))
-    if pipeline and picture is not None:
+    if pipeline and given.image:
         raise SteeringError(f"--image is for vision-language models; {given.model!r} makes pictures.")
-    if not pipeline and picture is None:
+    if not pipeline and not given.image:
         raise SteeringError(f"{given.model!r} answers questions about a picture: give one with --image.")
-    idle = [
-        name for name in ("negative_prompt", "guidance_scale", "call", "out") if getattr(given, name) not in (None, [])
-    ]
+    diffusion = ("negative_prompt", "guidance_scale", "call", "out", "variants", "batch")
+    idle = [name for name in diffusion if getattr(given, name) not in (None, [])]
+    idle += ["num_seeds"] if given.num_seeds > 1 else []
     if not pipeline and idle:
         raise SteeringError(
             f"--{idle[0].replace('_', '-')} is for diffusion models; {given.model!r} answers questions."
         )
-    target, hf_processor = models.load(given.model, given.device, given.dtype)
-    start = time.perf_counter()
-    result: dict[str, Any]
-    if pipeline:
-        result = {"files": paint(given, target, wanted, call)}
-    else:
-        result = {"answer": answer(target, hf_processor, picture, given.prompt, wanted, given.max_new_tokens)}
-    report: dict[str, Any] = {"model": given.model, "prompt": given.prompt, "seed": given.seed}
-    report |= {"processors": [p.to_dict() for p in wanted], "seconds": round(time.perf_counter() - start, 3), **result}
-    print(json.dumps(report, indent=2) if given.json else report.get("answer") or "\n".join(report["files"]))
-    return 0
+    if not pipeline and len(given.prompt) > 1:
+        raise SteeringError(f"{given.model!r} answers one question at a time: give one --prompt.")
+    if len(given.prompt) > 1 and (given.num_seeds > 1 or given.batch):
+        name = "--num-seeds" if given.num_seeds > 1 else "--batch"
+        raise SteeringError(f"{name} is for one prompt; several are the rows of one batch, seeds counted from --seed.")
+    reading = [type(p).__name__ for variant in tried for p in variant.processors if p.reads_rows]
+    if reading and len(given.prompt) == 1:
+        raise SteeringError(f"{reading[0]} makes pictures look at each other: give a --prompt for each of them.")
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
-def paint(given: argparse.Namespace, pipe: Any, wanted: list[Any], call: dict[str, Any]) -> list[str]:
-    """Generate, write the file, and give its path in a list (frames of a video make one GIF)."""
+def paint(given: argparse.Namespace, pipe: Any, tried: Sequence[Variant], call: dict[str, Any]) -> dict[str, Any]:
+    """Generate and write; one picture where one is asked for, else all with the plain ones first, and a sheet."""
     import torch
 
     from ..attach import steer
 
     accepted = inspect.signature(type(pipe).__call__).parameters
     call = call_defaults(given.model, pipe, given.guidance_scale) | call
-    call["generator"] = torch.Generator().manual_seed(given.seed)
     unknown = sorted(set(call) - set(accepted))
     if unknown:
         raise SteeringError(f"{type(pipe).__name__} takes no {unknown[0]!r}; it takes {', '.join(list(accepted)[1:])}.")
     pipe.set_progress_bar_config(disable=given.json or not sys.stderr.isatty())
     out = out_file(given)
+    if given.variants or given.num_seeds > 1 or len(given.prompt) > 1:
+        return several.write(several.shots(given, pipe, tried, call), tried, out)
+    wanted = tried[-1].processors
     with models.running(pipe), steer(pipe, *wanted) if wanted else nullcontext():
-        output = pipe(prompt=given.prompt, **call)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if hasattr(output, "images"):
-        output.images[0].save(out)
-    else:
-        frames = _frames(output.frames[0])
-        out = out.with_suffix(".gif")
-        frames[0].save(out, save_all=True, append_images=frames[1:], duration=80, loop=0)
-    return [str(out)]
+        output = pipe(prompt=given.prompt[0], generator=torch.Generator().manual_seed(given.seed), **call)
+    return {"files": [str(several.save((output.images if hasattr(output, "images") else output.frames)[0], out))]}
 
 
 def pipeline_arguments(given: argparse.Namespace) -> dict[str, Any]:
@@ -129,7 +167,7 @@ def call_defaults(model: str, pipe: Any, guidance: float | None = None) -> dict[
 def out_file(given: argparse.Namespace) -> Path:
     """The file to write, checked before the long work."""
     if given.out is None:
-        words = re.sub(r"[^a-z0-9]+", "-", given.prompt.lower()).strip("-")[:60] or "picture"
+        words = re.sub(r"[^a-z0-9]+", "-", given.prompt[0].lower()).strip("-")[:60] or "picture"
         return Path("outputs/generate") / f"{words}-{given.seed}.png"
     out = Path(given.out)
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp", ".gif"):
@@ -137,12 +175,6 @@ def out_file(given: argparse.Namespace) -> Path:
     if out.is_dir():
         raise SteeringError(f"--out {given.out!r} is a folder.")
     return out
-
-
-def _frames(frames: Any) -> list[Any]:
-    from PIL import Image
-
-    return [f if isinstance(f, Image.Image) else Image.fromarray((f * 255).round().astype("uint8")) for f in frames]
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SteeringError
@@ -16,7 +18,12 @@ if TYPE_CHECKING:
 
 Run = Callable[[argparse.Namespace], int]
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-EMBEDDED = ("world-sd", "world-sd3", "world-llava")
+EMBEDDED: dict[str, dict[str, Any]] = {
+    "world-sd": {"level": 0, "start_layer": 3},
+    "world-sd3": {"start_layer": 3, "mutual": 0.0},
+    "world-llava": {},
+}
+"""The embedded models, and the parameters that fit them where a method's default is meant for larger ones."""
 
 
 def command(subparsers: Any, name: str, run: Run, help: str, examples: Sequence[str]) -> argparse.ArgumentParser:
@@ -65,7 +72,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_processors(parser: argparse.ArgumentParser) -> None:
     """Options that describe processors; ``processors`` below reads them."""
     group = parser.add_argument_group("steering")
-    group.add_argument("--processor", metavar="NAME", help="a processor of `attnsteer list`; without one: no steering")
+    named = "a method of `attnsteer list`, e.g. attend-and-excite, SoftPAG or vhr; without one: no steering"
+    group.add_argument("--method", "--processor", metavar="NAME", help=named)
+    group.add_argument(
+        "--subjects", metavar="WORDS", help='words of the prompt: dog,car or, for methods that bind, "red car,dog"'
+    )
     group.add_argument(
         "--param", action="append", default=[], metavar="NAME=VALUE", help="a parameter, e.g. strength=.5 (repeatable)"
     )
@@ -85,22 +96,88 @@ def processors(given: argparse.Namespace) -> list[Processor]:
     """
     from ..config import load_processors, processor_from_dict
 
-    details = [name for name in ("param", "layers", "heads", "steps") if getattr(given, name)]
-    if given.config and (given.processor or details):
-        raise SteeringError(f"--config brings its own processors: leave out --{(details or ['processor'])[0]}.")
+    details = [name for name in ("subjects", "param", "layers", "heads", "steps") if getattr(given, name)]
+    if given.config and (given.method or details):
+        raise SteeringError(f"--config brings its own processors: leave out --{(details or ['method'])[0]}.")
     if given.config:
         return load_processors(given.config)
-    if not given.processor:
+    if not given.method:
         if details:
-            raise SteeringError(f"--{details[0]} belongs to a processor: name one with --processor.")
+            raise SteeringError(f"--{details[0]} belongs to a method: name one with --method.")
         return []
-    parameters = dict(parameter(text) for text in given.param)
+    return [processor_from_dict(configuration(given))]
+
+
+def configuration(given: argparse.Namespace) -> dict[str, Any]:
+    """The method of the options as the plain values of ``Processor.to_dict``; what is not given is left out."""
+    name, parameters = method(given.method), dict(parameter(text) for text in given.param)
     where = selection(given.layers, given.heads, given.steps)
     if where:
         if "where" in parameters:
             raise SteeringError("--param where=... and --layers, --heads, --steps say the same thing: give one.")
         parameters["where"] = where
-    return [processor_from_dict({"processor": given.processor, "parameters": parameters})]
+    if given.subjects:
+        if "subjects" in parameters:
+            raise SteeringError("--param subjects=... and --subjects say the same thing: give one.")
+        parameters["subjects"] = subjects(given.subjects, name)
+    if "frames" in parameters_of(name) and len(getattr(given, "prompt", ())) > 1:
+        parameters.setdefault("frames", len(given.prompt))
+    fitting = {k: v for k, v in EMBEDDED.get(given.model, {}).items() if k in parameters_of(name)}
+    return {"processor": name, "parameters": fitting | parameters}
+
+
+def method(text: str) -> str:
+    """The processor of that name; case, hyphens and underscores do not count: ``a-star`` is ``AStar``.
+
+    Raises:
+        SteeringError: none is called so; says which there are, and which was perhaps meant.
+    """
+    from ..processors import available
+
+    names = {_bare(name): name for name in available()}
+    if _bare(text) in names:
+        return names[_bare(text)]
+    close = difflib.get_close_matches(_bare(text), names, n=1)
+    perhaps = f"did you mean {names[close[0]]}? There are" if close else "there are"
+    raise SteeringError(f"There is no method {text!r}; {perhaps}: {', '.join(available())}.")
+
+
+def _bare(name: str) -> str:
+    return re.sub(r"[-_\s]", "", name).lower()
+
+
+def described(processor: Processor) -> dict[str, Any]:
+    """``Processor.to_dict`` for reports: a tensor is only mentioned."""
+    from ..plain import encode
+
+    shown = {
+        field.name: encode(getattr(processor, field.name), field.name, {}, field.name) for field in fields(processor)
+    }
+    return {"processor": type(processor).__name__, "parameters": shown}
+
+
+def parameters_of(name: str) -> tuple[str, ...]:
+    """The names of a processor's parameters."""
+    from ..processors import get
+
+    return tuple(field.name for field in fields(get(name)))
+
+
+def subjects(text: str, name: str) -> list[str]:
+    """``dog,red car`` -> ``["dog", "red car"]``, for a method that has subjects.
+
+    Raises:
+        SteeringError: the method has none (says which have), or one of the words is empty.
+    """
+    from ..processors import available
+
+    if "subjects" not in parameters_of(name):
+        having = ", ".join(other for other in available() if "subjects" in parameters_of(other))
+        raise SteeringError(f"{name} takes no subjects; these methods do: {having}.")
+    words = [word.strip() for word in text.split(",")]
+    if not all(words):
+        raise SteeringError(f"--subjects {text!r} has an empty word: write dog,car.")
+    return words
 
 
 def parameter(text: str, option: str = "--param") -> tuple[str, Any]:

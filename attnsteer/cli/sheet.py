@@ -52,6 +52,31 @@ def picture_sheet(
     return sheet
 
 
+def captioned_sheet(pictures: Sequence[tuple[Image.Image, str]], columns: int, side: int = 128) -> Image.Image:
+    """Pictures row by row, each with its caption above it.
+
+    Args:
+        pictures: each with what is to be said of it.
+        columns: how many stand side by side.
+        side: what pictures are scaled to, in pixels.
+    """
+    rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
+    captions = [[wrap(caption, side, 13) for _, caption in row] for row in rows]
+    line = 17
+    tops = [line * max(map(len, row)) for row in captions]
+    size = (GAP + columns * (side + GAP), GAP + sum(tops) + len(rows) * (side + GAP))
+    sheet = Image.new("RGB", size, PAPER)
+    draw, y = ImageDraw.Draw(sheet), GAP
+    for row, texts, top in zip(rows, captions, tops, strict=True):
+        for number, ((picture, _), lines) in enumerate(zip(row, texts, strict=True)):
+            x = GAP + number * (side + GAP)
+            for index, text in enumerate(lines):
+                draw.text((x, y + line * index), text, INK, font(13))
+            sheet.paste(picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (x, y + top))
+        y += top + side + GAP
+    return sheet
+
+
 def answer_sheet(
     entries: Sequence[tuple[Image.Image, Sequence[tuple[str, str]]]], wrong: Sequence[Collection[str]], side: int = 128
 ) -> Image.Image:
