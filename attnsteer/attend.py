@@ -139,7 +139,7 @@ def conflicts(edits: Sequence[Edit]) -> list[str]:
     """Pairs that do not compose: a bias on the last row and class masks are invisible to whoever looks at logits."""
     mixes = [e for e in edits if isinstance(e, Mix) and not isinstance(e.target, RowKeys)]
     looks = [e for e in mixes if e.target not in (OwnValue(), MeanValue()) or e.path != "linear"]
-    curved = [e for e in mixes if e.path != "linear"]
+    partial = [e for e in mixes if e.target not in (OwnValue(), OwnValue("logit")) or e.path != "linear"]
     masks = [e for e in edits if isinstance(e, ClassMask)]
     reasons = []
 
@@ -152,8 +152,8 @@ def conflicts(edits: Sequence[Edit]) -> list[str]:
             refuse("KeyBias(queries='last')", other, ", or use KeyBias(queries='all')")
     for other in (looks + [e for e in mixes if e.target == MeanValue()])[:1] if masks else ():
         refuse("ClassMask", other, ", or a target that reads no map")
-    for other in curved[:1] if any(isinstance(edit, Segments) for edit in edits) else ():
-        refuse("Segments", other, ", or use path='linear'")
+    for other in partial[:1] if any(isinstance(edit, Segments) for edit in edits) else ():  # it knows own keys alone
+        refuse("Segments (keys of other rows)", other, ", or the own value as target and path='linear'")
     if len(masks) > 1 and _meet(masks):
         reasons.append("Two ClassMasks on one row and head do not compose: make one table of both.")
     return reasons

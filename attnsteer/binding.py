@@ -12,6 +12,7 @@ from .edits import Edit
 from .site import AttentionCall, Kernel, Phase, Site, Spans
 
 if TYPE_CHECKING:
+    from .lending import Loan
     from .reacting import Reacts
 
 ATTRIBUTE = "_steer"
@@ -28,7 +29,19 @@ class Binding:
     ``reactors``, ``spans``, ``lanes`` and ``phase``; what differs by layer, row or step is a tensor there.
     """
 
-    __slots__ = ("__weakref__", "edits", "hit", "lanes", "main_call", "phase", "reactors", "site", "spans", "step")
+    __slots__ = (
+        "__weakref__",
+        "edits",
+        "hit",
+        "lanes",
+        "loan",
+        "main_call",
+        "phase",
+        "reactors",
+        "site",
+        "spans",
+        "step",
+    )
 
     def __init__(
         self,
@@ -48,6 +61,7 @@ class Binding:
         self.phase: Phase = phase
         self.main_call = main_call  # which kernel call of the module is the text or joint one
         self.step: Tensor | None = None  # position in the schedule
+        self.loan: Loan | None = None  # keeps what rows of this forward lend to another one
         self.hit = False
 
     def scratch(self) -> Binding:
@@ -81,6 +95,8 @@ def intervene(
     )
     edits = binding.edits
     call.step = binding.step
+    if binding.loan is not None:
+        binding.loan.note(call)
     for processor, state in binding.reactors:
         call.state = state
         edit = processor.react(call)

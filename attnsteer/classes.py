@@ -41,6 +41,7 @@ class TokenClasses:
     q_class: Tensor
     k_class: Tensor
     parts: tuple[tuple[int, tuple[int, ...], Tensor], ...] = field(init=False, repr=False)
+    _chosen: dict[tuple[tuple[int, ...], int], TokenClasses] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         table, q_class, k_class = (x.cpu() for x in (self.table, self.q_class, self.k_class))
@@ -68,6 +69,22 @@ class TokenClasses:
                 index = torch.where(member.gather(1, order), order, q_class.shape[1])
                 parts.append((c, tuple(having.tolist()), index.to(self.q_class.device)))
         object.__setattr__(self, "parts", tuple(parts))
+
+    @torch.compiler.disable
+    def of_rows(self, rows: tuple[int, ...], batch: int) -> TokenClasses:
+        """The classes of some rows of a batch; made once for each choice."""
+        if (rows, batch) not in self._chosen:
+            index = torch.tensor(rows)
+
+            def pick(x: Tensor) -> Tensor:
+                return x if x.shape[0] == 1 else expand_rows(x, batch)[index.to(x.device)]
+
+            if self.q_class.shape[0] == 1:
+                found = self
+            else:
+                found = TokenClasses(pick(self.table), pick(self.q_class), pick(self.k_class))
+            self._chosen[rows, batch] = found
+        return self._chosen[rows, batch]
 
     def visible(self, c: int) -> Tensor:
         """The keys that class c sees, bool ``(R, Nk)``."""

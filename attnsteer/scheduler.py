@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .attend import conflicts
-from .edits import BlurredQuery, Edit, KeyBias, Mix, stack_rows
+from .edits import BlurredQuery, Edit, KeyBias, Mix, Segments, stack_rows
 from .errors import SteeringError, WhereError
 from .nursing import Nursing
 from .processor import Processor
@@ -75,6 +75,10 @@ def make_plan(processor: Processor, sites: Sequence[Site]) -> Plan:
     return Plan(processor, where, selection, edits, {site: {} for site in selection}, processor.nursing())
 
 
+_SHARED = Segments((), torch.ones(1, 1))
+"""Stands for what methods that read other rows will ask for."""
+
+
 def plans_of(rows: Sequence[Sequence[Plan]]) -> list[Plan]:
     """Every plan once, in the order of rows."""
     return list({id(plan): plan for row in rows for plan in row}.values())
@@ -85,7 +89,8 @@ def row_conflicts(rows: Rows) -> list[str]:
     found = []
     for row in rows:
         for site in wanted_sites((row,)):
-            found += conflicts([plan.edits[site] for plan in row if site in plan.edits])
+            shares = site.kind != "cross" and any(p.processor.reads_rows and site in p.selection for p in row)
+            found += conflicts([plan.edits[site] for plan in row if site in plan.edits] + [_SHARED] * shares)
     return list(dict.fromkeys(found))
 
 

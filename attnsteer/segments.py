@@ -43,11 +43,12 @@ def refusals(call: AttentionCall, edit: Segments) -> list[str]:
 
 def source_refusals(call: AttentionCall, source: Sources, name: str) -> list[str]:
     """Why rows cannot be read in this batch."""
-    batch, lengths = call.q.shape[0], sorted({len(entry) for entry in source})
+    batch, lenders = call.q.shape[0], call.lender.k.shape[0]
+    lengths = sorted({len(entry) for entry in source})
     if len(source) != batch or len(lengths) != 1:
         return [f"{name} has {len(source)} rows of lengths {lengths}; the batch has {batch}: one entry, one length."]
-    wrong = [row for entry in source for row in entry if not -1 <= row < batch]
-    return [f"{name} reads row {wrong[0]}; there are 0 to {batch - 1} (-1: none)."] if wrong else []
+    wrong = [row for entry in source for row in entry if not -1 <= row < lenders]
+    return [f"{name} reads row {wrong[0]}; there are 0 to {lenders - 1} (-1: none)."] if wrong else []
 
 
 def add_segments(call: AttentionCall, steered: AttentionCall, output: Tensor, edits: Sequence[Segments]) -> Tensor:
@@ -85,7 +86,8 @@ def _segment(call: AttentionCall, edit: Segments, s: int, readers: Sequence[int]
     batch, device = call.q.shape[0], call.q.device
     rows = _index(readers, batch, device)
     lent = torch.tensor([edit.source[b][s] for b in readers]).to(device, non_blocking=True)
-    q, k, v, mask = _take(call.q, rows), call.k[lent], call.v[lent], _lent_mask(call, lent)
+    lender = call.lender
+    q, k, v, mask = _take(call.q, rows), lender.k[lent], lender.v[lent], _lent_mask(lender, lent)
 
     def own(x: Tensor | None) -> Tensor | None:
         return None if x is None else _take(expand_rows(x.to(device), batch).expand(batch, -1, -1)[:, s], rows)
@@ -144,7 +146,8 @@ def row_keys(call: AttentionCall, target: RowKeys) -> Tensor:
             continue
         rows = _index(readers, batch, device)
         lent = torch.tensor([target.source[b][s] for b in readers]).to(device, non_blocking=True)
-        part = call.kernel(_take(call.q, rows), call.k[lent], call.v[lent], mask=_lent_mask(call, lent))
+        lender = call.lender
+        part = call.kernel(_take(call.q, rows), lender.k[lent], lender.v[lent], mask=_lent_mask(lender, lent))
         fraction = _take(share[:, s] / whole.clamp_min(torch.finfo(share.dtype).tiny), rows)[:, None, :, None]
         blend = _put(blend, rows, _take(blend, rows) + fraction * part.to(share.dtype))
     return torch.where((whole > 0)[:, None, :, None], blend, call.output.to(share.dtype))

@@ -72,7 +72,8 @@ class AttentionCall:
     rows, e.g. ``{"main": slice(0, 2)}``.
     ``state`` lives as long as one generation and belongs to one (processor, site). ``step`` is the position in the
     schedule as a 0-d int tensor (a plain int would make a compiled graph for each step), None where there is none.
-    ``classes`` are the class masks that edits have put on the call.
+    ``classes`` are the class masks that edits have put on the call. ``lent`` is the call of an earlier forward
+    where edits that read rows mean the rows of that one (``attnsteer.lending``) and not those of this call.
     """
 
     site: Site
@@ -89,6 +90,7 @@ class AttentionCall:
     state: dict[str, Any] = field(default_factory=dict)
     step: Tensor | None = None
     classes: tuple[Any, ...] = ()
+    lent: AttentionCall | None = None
     _output: Tensor | None = field(default=None, init=False, repr=False)
 
     @property
@@ -107,6 +109,11 @@ class AttentionCall:
         if not isinstance(self.visible, Tensor) and callable(self.visible):
             self.visible = self.visible()
         return self.visible
+
+    @property
+    def lender(self) -> AttentionCall:
+        """The call whose rows lend their keys to the rows of this one."""
+        return self if self.lent is None else self.lent
 
     @property
     def softmax_scale(self) -> float:

@@ -16,7 +16,8 @@ Fused: one call per picture that is read and one for the log-sum-exp of the own 
 pictures. Cost per chosen layer: 1 + (pictures read) more calls of the size of the own one; tokens that are not lent are
 masked, not skipped. In joint attention (our extension) image queries read image keys, text takes no part.
 Limits: everything is shared, background and style too. The authors advise 50 steps and the full resolution; the paper's
-own sampling rate is unconfirmed. Draws are reproducible by seed and differ from the authors' generators.
+own sampling rate is unconfirmed. Draws are reproducible by seed and differ from the authors' generators. With
+guidance (PAG, SoftPAG) perturbed rows read conditional ones: ``attnsteer.lending``.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ their log-sum-exps; one call per subject in cross-attention. Limits: subjects mu
 the run (``attnsteer.stories`` makes them from boxes, ``attnsteer.rehearsal`` from a plain run); the authors also close
 and box small masks and cut the lower sixth of references, which is left to the user. Compiled models pause at each site
 in the first step, where the masks are laid, so they cannot be one graph each (``fullgraph``). Given pictures as
-references: ``attnsteer.references``.
+references: ``attnsteer.references``. With guidance (PAG, SoftPAG) perturbed rows read conditional ones, and references
+are guided as if alone: ``attnsteer.lending``.
 """
 
 from __future__ import annotations

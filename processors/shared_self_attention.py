@@ -15,6 +15,7 @@ subject's share of it per anchor. In joint attention (our extension) image queri
 Limits: the masks are given once (``attnsteer.stories`` makes them from boxes or from a rehearsal), where the authors
 refresh theirs from the cross-attention of the steps before. Without masks whole pictures are shared. Query blending and
 feature injection, the paper's two other parts, are not here. The paper's own parameter values are unconfirmed.
+With guidance (PAG, SoftPAG) perturbed rows read conditional ones: ``attnsteer.lending``.
 """
 
 from __future__ import annotations

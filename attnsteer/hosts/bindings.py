@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..binding import Binding
-from ..reacting import limited, reacting
+from ..reacting import Reacts, limited, reacting
 from ..scheduler import Plan, merge_edits, needs_grid, wanted_sites
 from ..site import Site
 from . import denoisers
@@ -51,14 +51,23 @@ class Bindings:
         return self._made[key]
 
     def again(
-        self, model: torch.nn.Module, inputs: dict[str, Any], rows: Sequence[tuple[Plan, ...]]
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        rows: Sequence[tuple[Plan, ...]],
+        borrow: Callable[[Plan, Site], Reacts] | None = None,
     ) -> dict[Site, Binding]:
-        """The bindings of one more forward of some rows, in which nobody reads and nothing is kept."""
+        """The bindings of one more forward of some rows, in which nobody looks and nothing is kept.
+
+        ``borrow`` gives the reactions of methods that read other rows, which may not run in this forward."""
         bindings = {site: binding.scratch() for site, binding in self.of(model, inputs, rows).items()}
         device = denoisers.sample_of(denoisers.family_of(model), inputs).device
         for site, binding in bindings.items():
             binding.reactors = tuple(
-                (limited(plan, site, rows, device), dict(plan.states[site]))
+                (
+                    borrow(plan, site) if borrow and plan.processor.reads_rows else limited(plan, site, rows, device),
+                    dict(plan.states[site]),
+                )
                 for plan in reacting(rows, site)
                 if not plan.processor.reads_only
             )

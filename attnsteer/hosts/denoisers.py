@@ -387,7 +387,7 @@ def refusals(
         if plan.where.steps in ("prefill", "decode")
     ]
     sharing = [type(plan.processor).__name__ for plan in plans if plan.processor.reads_rows]
-    apart = guiding + [type(plan.processor).__name__ for plan in plans if plan.nursing is not None]
+    apart = [type(plan.processor).__name__ for plan in plans if plan.nursing is not None]
     if sharing and apart:
         reasons.append(
             f"{sharing[0]} reads other rows of the batch, and {apart[0]} runs some rows alone: attach one of them."

@@ -21,6 +21,7 @@ from ..clock import Clock
 from ..errors import NotReachedError, SteeringError
 from ..fork import Tape, stages_before, why_no_fork
 from ..lanes import cfg_lanes
+from ..lending import Borrower, Loan, lending
 from ..logits import compute_dtype
 from ..nursing import Moment
 from ..reacting import limited, reacting
@@ -46,6 +47,7 @@ class _Forward:
     output: Any
     tape: Tape | None
     why_whole: str | None
+    loans: dict[Site, Loan]
 
     def shares(self, sample: Tensor) -> bool:
         """Whether another call belongs to the same step: sequential passes share their latents."""
@@ -186,10 +188,12 @@ class DiffusionSession:
             family = denoisers.family_of(model)
             plain = self._active(lambda plan: not plan.guides)
             guiding = self._active(lambda plan: plan.guides)
-            with steering(model, self._plain_bindings(model, inputs, plain)):
+            bindings = self._plain_bindings(model, inputs, plain)
+            with steering(model, bindings):
                 if not any(guiding) or not self._is_conditional(denoisers.sample_of(family, inputs)):
                     return call(*args, **kwargs)
-                return self._record(model, call, args, kwargs, copy_nest(inputs), guiding, compiled)
+                with lending(bindings, plain) as loans:
+                    return self._record(model, call, args, kwargs, copy_nest(inputs), guiding, compiled, loans)
 
         return around
 
@@ -212,7 +216,15 @@ class DiffusionSession:
         return True
 
     def _record(
-        self, model: torch.nn.Module, call: Call, args: Any, kwargs: Any, inputs: Any, guiding: PlanRows, compiled: bool
+        self,
+        model: torch.nn.Module,
+        call: Call,
+        args: Any,
+        kwargs: Any,
+        inputs: Any,
+        guiding: PlanRows,
+        compiled: bool,
+        loans: dict[Site, Loan],
     ) -> Any:
         """Run the conditional forward, noting what the perturbed rows can share."""
         family = denoisers.family_of(model)
@@ -226,7 +238,7 @@ class DiffusionSession:
         self._forward = None
         with tape.recording() if tape else nullcontext():
             output = call(*args, **kwargs)
-        self._forward = _Forward(model, call, inputs, output, tape, why)
+        self._forward = _Forward(model, call, inputs, output, tape, why, loans)
         return output
 
     def _active(self, which: Callable[[Plan], bool]) -> PlanRows:
@@ -257,13 +269,17 @@ class DiffusionSession:
             rows = plain * (batch // len(plain))
         bindings, device = self._bindings.of(model, inputs, rows), denoisers.sample_of(family, inputs).device
         lanes = self._lanes(model, batch) if len(plain) > 1 else {}
-        now = self._clock.index if self._clock and self._clock.running else 0
         for site, binding in bindings.items():
-            binding.lanes, binding.step = lanes, self._constant((now,), torch.long, device)[0]
+            binding.lanes, binding.step = lanes, self._step(device)
             binding.reactors = tuple(
                 (limited(plan, site, plain, device), plan.states[site]) for plan in reacting(plain, site)
             )
         return bindings
+
+    def _step(self, device: torch.device) -> Tensor:
+        """The position in the schedule."""
+        now = self._clock.index if self._clock and self._clock.running else 0
+        return self._constant((now,), torch.long, device)[0]
 
     def _lanes(self, model: torch.nn.Module, batch: int) -> dict[str, slice]:
         """The lanes of a forward, where variants tell how many rows the latents have."""
@@ -346,7 +362,14 @@ class DiffusionSession:
                 inputs[name] = [inputs[name][first + lane.row] for lane in lanes]
         plain = self._active(lambda plan: not plan.guides)
         wanted = [(*row_of(plain, lane.row, samples), lane.plan) for lane in lanes]
-        bindings = self._bindings.again(forward.model, inputs, wanted)
+        numbers = [lane.row + first for lane in lanes]
+
+        def borrow(plan: Plan, site: Site) -> Borrower:
+            return Borrower(limited(plan, site, plain, rows.device), forward.loans[site], numbers, rows)
+
+        bindings = self._bindings.again(forward.model, inputs, wanted, borrow)
+        for binding in bindings.values():
+            binding.step = self._step(rows.device)
         why = forward.why_whole or (forward.tape.refusal if forward.tape else None)
         if why:
             self.unforked[why] = self.unforked.get(why, 0) + 1

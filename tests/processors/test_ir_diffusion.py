@@ -16,7 +16,7 @@ from attnsteer import SteeringError, Where
 from attnsteer.attend import attend
 from attnsteer.draws import uniform
 from attnsteer.layouts import disjoint, isolation_table, nearest, packed, reposition
-from attnsteer.processors import IRDiffusion, SharedSelfAttention, SoftPAG
+from attnsteer.processors import AttendAndExcite, IRDiffusion, SharedSelfAttention
 from attnsteer.site import AttentionCall, Spans
 from attnsteer.stories import box_masks
 from tests.calls import call_of, make_call, repeated, rows_of, story_call
@@ -370,7 +370,7 @@ def test_where_it_cannot_act_it_says_why():
     with pytest.raises(SteeringError, match="start_layer=36 does not exist"):
         attnsteer.attach(pipe, replace(how, start_layer=36))
     with pytest.raises(SteeringError, match="some rows alone"):
-        attnsteer.attach(pipe, how, SoftPAG(Where(layers=-1)))
+        attnsteer.attach(pipe, how, AttendAndExcite(subjects=("dog", "car"), level=1))
     with attnsteer.steer(pipe, how), pytest.raises(SteeringError, match="no whole stories of 3"):
         latents(pipe, "sd15", batch=2)
 

@@ -18,7 +18,7 @@ from attnsteer.config import processor_from_dict
 from attnsteer.draws import kept, uniform
 from attnsteer.edits import KeyBias
 from attnsteer.kernels import reference
-from attnsteer.processors import AttendAndExcite, ConsistentSelfAttention, SharedSelfAttention, SoftPAG
+from attnsteer.processors import AttendAndExcite, ConsistentSelfAttention, SharedSelfAttention
 from attnsteer.site import AttentionCall
 from attnsteer.stories import box_masks, to_grid
 from tests.calls import call_of, repeated, rows_of, story_call
@@ -345,8 +345,6 @@ def test_what_cannot_share_is_refused():
     ):
         predict(model, inputs(3))
     pipe = pipelines.build("sd15")
-    with pytest.raises(SteeringError, match="some rows alone"):
-        attnsteer.attach(pipe, SharedSelfAttention(frames=2), SoftPAG(Where(layers=-1)))
     with pytest.raises(SteeringError, match="AttendAndExcite runs some rows alone"):
         attnsteer.attach(pipe, SharedSelfAttention(frames=2), AttendAndExcite(subjects=("dog", "car"), level=1))
     with pytest.raises(SteeringError, match="no site has that name"):
