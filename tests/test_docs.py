@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 import sys
@@ -16,7 +15,6 @@ from attnsteer.processors import available
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 def blocks(language: str) -> list[str]:
@@ -61,45 +59,3 @@ def test_links_inside_the_repository_lead_somewhere() -> None:
 def test_every_processor_is_in_the_table() -> None:
     for name in available():
         assert f"| `{name}` |" in README
-
-
-def load(file: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(f"example_{file.stem}", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
-def test_examples_explain_themselves(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    module = load(file)
-    with pytest.raises(SystemExit):
-        module.main(["--help"])
-    text = capsys.readouterr().out
-    assert module.__doc__.splitlines()[0] in text
-    assert "--seed" in text
-
-
-SMALL = {
-    "softpag_pictures": ["--num-steps", "2", "--num-seeds", "1", "--strengths", "0.5"],
-    "vhr_answers": ["--num-scenes", "1"],
-    "variants_grid": ["--num-steps", "2", "--layers", "1", "2", "--strengths", "0", "1"],
-    "write_a_processor": ["--num-steps", "2"],
-}
-
-
-@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
-def test_examples_run(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    load(file).main(SMALL[file.stem])
-    printed = capsys.readouterr().out
-    if file.stem == "vhr_answers":
-        assert "plain" in printed
-        assert "VHR" in printed
-    else:
-        assert (tmp_path / "outputs" / f"{file.stem}.png").is_file()

@@ -1,8 +1,8 @@
-"""Answers about pictures, plain and with VHR, and the objects in them that are not in the picture.
+"""VHR: answers about pictures, plain and with the heads strengthened that look at the image (arXiv 2412.13949).
 
-python examples/vhr_answers.py
-python examples/vhr_answers.py --num-scenes 100
-python examples/vhr_answers.py --model llava-hf/llava-1.5-7b-hf --images *.jpg --device cuda
+python examples/vhr.py
+python examples/vhr.py --num-scenes 100
+python examples/vhr.py --model llava-hf/llava-1.5-7b-hf --images *.jpg --device cuda
 """
 
 from __future__ import annotations
