@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from .edits import Edit, Reaction
 from .errors import SteeringError
+from .nursing import Nursing, map_layers
 from .site import AttentionCall, Kind, Site
 from .where import Where
-
-if TYPE_CHECKING:
-    from .nursing import Nursing
 
 P = TypeVar("P", bound="Processor")
 
@@ -45,7 +43,10 @@ class Processor:
 
     def where_for(self, sites: Sequence[Site]) -> Where:
         """The selection on a model; methods whose default depends on the number of layers override it."""
-        return self.where
+        nursing = self.nursing()
+        if nursing is None or nursing.level is None:
+            return self.where
+        return map_layers(self.where, sites, nursing.level, nursing.finer)
 
     def plan(self, site: Site, heads: tuple[int, ...]) -> Edit | None:
         """The edit at a site, with tensors of one row (``(1, H)``); None where the method needs nothing there."""

@@ -33,20 +33,9 @@ from torch.nn import functional as F
 
 from attnsteer.errors import SteeringError
 from attnsteer.maps import column_softmax, component, otsu, overlap, smooth
-from attnsteer.nursing import (
-    Moment,
-    Nursing,
-    Slope,
-    TokenMaps,
-    map_layers,
-    mean_map,
-    root_decay,
-    subject_entries,
-    word_groups,
-)
+from attnsteer.nursing import Moment, Nursing, Slope, TokenMaps, mean_map, root_decay, subject_entries, word_groups
 from attnsteer.processor import Processor, check_choice, check_number
-from attnsteer.site import Kind, Site
-from attnsteer.where import Where
+from attnsteer.site import Kind
 
 
 def segregation(maps: Sequence[Tensor]) -> Tensor:
@@ -82,8 +71,7 @@ class AStar(Processor):
         layout: ``(subjects, height, width)`` masks in place of those of the step before, resized to the maps.
         softmax: sharpen the maps by a softmax over the tokens, 100 times the probability; unconfirmed.
         smoothing: smooth them by a 3 x 3 kernel; unconfirmed.
-        padding: the end and the padding of the prompt take part in the softmax (SD 1.x: True, SD 2.x: False).
-        level: how often the latent is halved where maps are read; 2 is 16 x 16 for SD 1.x at 512 pixels.
+        padding, level: see ``AttendAndExcite``.
 
     Raises:
         SteeringError: no subjects, or a value outside its range.
@@ -105,7 +93,7 @@ class AStar(Processor):
     kinds: ClassVar[tuple[Kind, ...]] = ("cross", "joint")
 
     def __post_init__(self) -> None:
-        groups = word_groups(self, self.subjects, self.tokens)
+        groups = word_groups(self)
         for name in ("seg_weight", "ret_weight", "scale_factor", "level"):
             check_number(self, name, 0)
         check_choice(self, "mask", ("auto", "otsu", "relative"))
@@ -119,15 +107,13 @@ class AStar(Processor):
     def inert(self) -> bool:
         return self.scale_factor == 0 or self.seg_weight == self.ret_weight == 0
 
-    def where_for(self, sites: Sequence[Site]) -> Where:
-        return map_layers(self.where, sites, self.level)
-
     def nursing(self) -> Nursing:
         return Nursing(
-            groups=word_groups(self, self.subjects, self.tokens),
+            groups=word_groups(self),
             loss=self.loss,
-            step_size=lambda at: root_decay(self.scale_factor, self.scale_range, at),
+            step_size=root_decay(self.scale_factor, self.scale_range),
             padding=self.padding,
+            level=self.level,
         )
 
     def prepare(self, maps: Tensor) -> Tensor:

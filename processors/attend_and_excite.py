@@ -29,10 +29,9 @@ import torch
 from torch import Tensor
 
 from attnsteer.maps import column_softmax, smooth
-from attnsteer.nursing import Moment, Nursing, Slope, TokenMaps, map_layers, root_decay, subject_entries, word_groups
+from attnsteer.nursing import Moment, Nursing, Slope, TokenMaps, root_decay, subject_entries, word_groups
 from attnsteer.processor import Processor, check_number
-from attnsteer.site import Kind, Site
-from attnsteer.where import Where
+from attnsteer.site import Kind
 
 
 def excitation(maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -75,7 +74,7 @@ class AttendAndExcite(Processor):
     kinds: ClassVar[tuple[Kind, ...]] = ("cross", "joint")
 
     def __post_init__(self) -> None:
-        word_groups(self, self.subjects, self.tokens)
+        word_groups(self)
         for name in ("scale_factor", "max_iter_to_alter", "max_refinement_steps", "level"):
             check_number(self, name, 0)
 
@@ -83,18 +82,16 @@ class AttendAndExcite(Processor):
     def inert(self) -> bool:
         return self.scale_factor == 0 or (self.max_iter_to_alter == 0 and not self.thresholds)
 
-    def where_for(self, sites: Sequence[Site]) -> Where:
-        return map_layers(self.where, sites, self.level)
-
     def nursing(self) -> Nursing:
         return Nursing(
-            groups=word_groups(self, self.subjects, self.tokens),
+            groups=word_groups(self),
             loss=self.loss,
-            step_size=lambda at: root_decay(self.scale_factor, self.scale_range, at),
+            step_size=root_decay(self.scale_factor, self.scale_range),
             stop=self.max_iter_to_alter,
             refine=self.thresholds,
             rounds=lambda index: self.max_refinement_steps,
             padding=self.padding,
+            level=self.level,
         )
 
     def loss(self, views: Sequence[TokenMaps], memory: None, moment: Moment) -> Slope:

@@ -27,10 +27,9 @@ import torch
 from torch import Tensor
 
 from attnsteer.maps import column_softmax, nt_xent, smooth
-from attnsteer.nursing import Moment, Nursing, Slope, TokenMaps, map_layers, root_decay, subject_entries, word_groups
+from attnsteer.nursing import Moment, Nursing, Slope, TokenMaps, root_decay, subject_entries, word_groups
 from attnsteer.processor import Processor, check_number
-from attnsteer.site import Kind, Site
-from attnsteer.where import Where
+from attnsteer.site import Kind
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Conform(Processor):
     kinds: ClassVar[tuple[Kind, ...]] = ("cross", "joint")
 
     def __post_init__(self) -> None:
-        word_groups(self, self.subjects, self.tokens, phrases=True)
+        word_groups(self, phrases=True)
         check_number(self, "temperature", 0.01)
         for name in ("scale_factor", "max_iter_to_alter", "max_refinement_steps", "level"):
             check_number(self, name, 0)
@@ -78,18 +77,16 @@ class Conform(Processor):
     def inert(self) -> bool:
         return self.scale_factor == 0 or (self.max_iter_to_alter == 0 and not self.refine_steps)
 
-    def where_for(self, sites: Sequence[Site]) -> Where:
-        return map_layers(self.where, sites, self.level)
-
     def nursing(self) -> Nursing:
         return Nursing(
-            groups=word_groups(self, self.subjects, self.tokens, phrases=True),
+            groups=word_groups(self, phrases=True),
             loss=self.loss,
-            step_size=lambda at: root_decay(self.scale_factor, self.scale_range, at),
+            step_size=root_decay(self.scale_factor, self.scale_range),
             stop=self.max_iter_to_alter,
             refine=dict.fromkeys(self.refine_steps, 0.0),
             rounds=lambda index: self.max_refinement_steps,
             padding=self.padding,
+            level=self.level,
         )
 
     def loss(self, views: Sequence[TokenMaps], memory: Tensor | None, moment: Moment) -> Slope:

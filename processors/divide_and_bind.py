@@ -40,7 +40,6 @@ from attnsteer.nursing import (
     Nursing,
     Slope,
     TokenMaps,
-    map_layers,
     mean_map,
     root_decay,
     subject_entries,
@@ -48,8 +47,7 @@ from attnsteer.nursing import (
     word_groups,
 )
 from attnsteer.processor import Processor, check_choice, check_number
-from attnsteer.site import Kind, Site
-from attnsteer.where import Where
+from attnsteer.site import Kind
 
 
 def binding_divergence(subject: Tensor, attribute: Tensor, variation: Tensor) -> Tensor:
@@ -115,7 +113,7 @@ class DivideAndBind(Processor):
     kinds: ClassVar[tuple[Kind, ...]] = ("cross", "joint")
 
     def __post_init__(self) -> None:
-        word_groups(self, self.subjects, self.tokens, phrases=True)
+        word_groups(self, phrases=True)
         for name in ("scale_factor", "max_iter_to_alter", "level"):
             check_number(self, name, 0)
         check_choice(self, "compat", ("paper", "code"))
@@ -124,20 +122,19 @@ class DivideAndBind(Processor):
     def inert(self) -> bool:
         return self.scale_factor == 0 or (self.max_iter_to_alter == 0 and not self.thresholds)
 
-    def where_for(self, sites: Sequence[Site]) -> Where:
-        groups = word_groups(self, self.subjects, self.tokens, phrases=True)
-        return map_layers(self.where, sites, self.level, finer=self.binding and any(len(g) > 1 for g in groups))
-
     def nursing(self) -> Nursing:
         first, later = self.max_refinement_steps
+        groups = word_groups(self, phrases=True)
         return Nursing(
-            groups=word_groups(self, self.subjects, self.tokens, phrases=True),
+            groups=groups,
             loss=self.loss,
-            step_size=lambda at: root_decay(self.scale_factor, self.scale_range, at),
+            step_size=root_decay(self.scale_factor, self.scale_range),
             stop=self.max_iter_to_alter,
             refine=self.thresholds,
             rounds=lambda index: later if index else first,
             padding=self.padding,
+            level=self.level,
+            finer=self.binding and any(len(group) > 1 for group in groups),
         )
 
     def loss(self, views: Sequence[TokenMaps], memory: None, moment: Moment) -> Slope:

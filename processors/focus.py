@@ -33,10 +33,9 @@ from torch import Tensor
 
 from attnsteer.errors import SteeringError
 from attnsteer.maps import smooth, spread
-from attnsteer.nursing import Moment, Nursing, Slope, TokenMaps, map_layers, word_groups
+from attnsteer.nursing import Moment, Nursing, Slope, TokenMaps, word_groups
 from attnsteer.processor import Processor, check_choice, check_number
-from attnsteer.site import Kind, Site
-from attnsteer.where import Where
+from attnsteer.site import Kind
 
 
 def focus_loss(subjects: Sequence[Tensor]) -> Tensor:
@@ -70,7 +69,7 @@ class Focus(Processor):
     kinds: ClassVar[tuple[Kind, ...]] = ("joint",)
 
     def __post_init__(self) -> None:
-        groups = word_groups(self, self.subjects, self.tokens, phrases=True)
+        groups = word_groups(self, phrases=True)
         check_number(self, "scale", 0)
         check_choice(self, "control", ("velocity", "latent"))
         if len(groups) < 2:
@@ -80,15 +79,13 @@ class Focus(Processor):
     def inert(self) -> bool:
         return self.scale == 0
 
-    def where_for(self, sites: Sequence[Site]) -> Where:
-        return map_layers(self.where, sites, 0)
-
     def nursing(self) -> Nursing:
         return Nursing(
-            groups=word_groups(self, self.subjects, self.tokens, phrases=True),
+            groups=word_groups(self, phrases=True),
             loss=self.loss,
             step_size=lambda at: self.scale,
             padding=False,
+            level=0,
             velocity=self.gain if self.control == "velocity" else None,
         )
 

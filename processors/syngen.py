@@ -26,10 +26,9 @@ from torch import Tensor
 
 from attnsteer.errors import SteeringError
 from attnsteer.maps import as_distribution, symmetric_kl
-from attnsteer.nursing import Moment, Nursing, Slope, TokenMaps, map_layers, word_groups
+from attnsteer.nursing import Moment, Nursing, Slope, TokenMaps, word_groups
 from attnsteer.processor import Processor, check_number
-from attnsteer.site import Kind, Site
-from attnsteer.where import Where
+from attnsteer.site import Kind
 
 
 def distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
@@ -70,7 +69,7 @@ class SynGen(Processor):
     kinds: ClassVar[tuple[Kind, ...]] = ("cross", "joint")
 
     def __post_init__(self) -> None:
-        groups = word_groups(self, self.subjects, self.tokens, phrases=True)
+        groups = word_groups(self, phrases=True)
         for name in ("scale_factor", "max_iter_to_alter", "level"):
             check_number(self, name, 0)
         if not self.include_entities and all(len(group) == 1 for group in groups):
@@ -83,16 +82,14 @@ class SynGen(Processor):
     def inert(self) -> bool:
         return self.scale_factor == 0 or self.max_iter_to_alter == 0
 
-    def where_for(self, sites: Sequence[Site]) -> Where:
-        return map_layers(self.where, sites, self.level)
-
     def nursing(self) -> Nursing:
         return Nursing(
-            groups=word_groups(self, self.subjects, self.tokens, phrases=True),
+            groups=word_groups(self, phrases=True),
             loss=self.loss,
             step_size=lambda at: self.scale_factor,
             stop=self.max_iter_to_alter,
             padding=False,
+            level=self.level,
         )
 
     def loss(self, views: Sequence[TokenMaps], memory: None, moment: Moment) -> Slope:
