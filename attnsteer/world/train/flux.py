@@ -125,12 +125,7 @@ SHAPE = ("num_layers", "num_single_layers", "num_attention_heads", "attention_he
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m attnsteer.world.train flux",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    loop.add_options(made, steps=3000, batch=48, rate=1.5e-3, out="assets/models/world-flux")
+    made = loop.parser("flux", __doc__, steps=3000, batch=48, rate=1.5e-3, out="assets/models/world-flux")
     pictures.add_options(made)
     made.set_defaults(crowd=0.15)
     made.add_argument("--double", type=int, default=2, help="double blocks (default: %(default)s)")
@@ -159,14 +154,11 @@ def main(arguments: list[str] | None = None) -> None:
         padded = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         clip_tokens = words(batch.captions, max_length=TEXT_LENGTH, **padded).input_ids.to(device)
         t5_tokens = pieces(batch.captions, max_length=length, **padded).input_ids.to(device)
-        clean = pack(batch.latents)
-        noise = torch.randn(clean.shape, generator=batch.source).to(device)
-        sigma = torch.randn(len(clean), generator=batch.source).sigmoid().to(device)  # logistic-normal
-        at = sigma[:, None, None]
+        mixed, wanted, sigma = pictures.mix(pack(batch.latents), batch.source)
         with sdpa_kernel(SDPBackend.MATH):  # the fused backward is slow on CPU
-            velocity, logits = model((1 - at) * clean + at * noise, sigma, clip_tokens, t5_tokens)
-        wrong = (velocity.float() - (noise - clean)).square().mean() + pictures.patch_loss(logits, batch.labels)
-        return wrong / divisor**0.5  # fewer scenes, noisier gradient, smaller step
+            velocity, logits = model(mixed, sigma, clip_tokens, t5_tokens)
+        # fewer scenes, noisier gradient, smaller step
+        return pictures.loss(velocity, wanted, logits, batch.labels) / divisor**0.5
 
     loop.fit(
         model,

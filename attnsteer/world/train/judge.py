@@ -140,12 +140,7 @@ def export(network: Network, options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train the judge."""
-    parser = argparse.ArgumentParser(
-        prog="python -m attnsteer.world.train judge",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    loop.add_options(parser, steps=2000, batch=64, rate=4e-3, out="assets/models/world-judge")
+    parser = loop.parser("judge", __doc__, steps=2000, batch=64, rate=4e-3, out="assets/models/world-judge")
     parser.add_argument("--width", type=int, default=32, help="channels of the first layer (default: %(default)s)")
     parser.add_argument("--validation", type=int, default=400, help="scenes to choose with (default: %(default)s)")
     options = parser.parse_args(arguments)

@@ -330,12 +330,7 @@ def export(model: Llava, folder: Path) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m attnsteer.world.train llava",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    loop.add_options(made, steps=1400, batch=12, rate=1.5e-3, out="assets/models/world-llava")
+    made = loop.parser("llava", __doc__, steps=1400, batch=12, rate=1.5e-3, out="assets/models/world-llava")
     add = made.add_argument
     add("--tower-steps", type=int, default=900, help="steps of stage 1 (default: %(default)s)")
     add("--tower-batch", type=int, default=32, help="scenes in a step of stage 1 (default: %(default)s)")

@@ -22,9 +22,14 @@ from attnsteer.world.train.muon import Muon
 M = TypeVar("M", bound=nn.Module)
 
 
-def add_options(parser: argparse.ArgumentParser, *, steps: int, batch: int, rate: float, out: str) -> None:
-    """The options that all training commands share."""
-    add = parser.add_argument
+def parser(name: str, about: str | None, *, steps: int, batch: int, rate: float, out: str) -> argparse.ArgumentParser:
+    """The command line of one training, with the options that all share."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m attnsteer.world.train {name}",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = made.add_argument
     add("--out", type=Path, default=Path(out), help="folder of the finished model (default: %(default)s)")
     add("--run", type=Path, help="folder of checkpoints (default: runs/<name of the --out folder>)")
     add("--steps", type=int, default=steps, help="optimizer steps in all (default: %(default)s)")
@@ -41,6 +46,7 @@ def add_options(parser: argparse.ArgumentParser, *, steps: int, batch: int, rate
     add("--save-every", type=int, default=500, help="steps between checkpoints (default: %(default)s)")
     add("--export-every", type=int, default=0, help="also write the model folder every so many steps")
     add("--log-every", type=int, default=50, help="steps between printed losses (default: %(default)s)")
+    return made
 
 
 def prepare(options: argparse.Namespace) -> torch.device:
@@ -113,7 +119,7 @@ def fit(
     Args:
         model: holds every trained parameter.
         loss: the scalar loss of step i; draws its data from (seed, i).
-        options: what `add_options` parsed.
+        options: what `parser` parsed.
         export: writes the averaged model to options.out.
         blocks: parts of the names of modules whose matrices Muon trains; all else is AdamW's.
         ema: memory of the moving average, 0 to 1.

@@ -109,9 +109,18 @@ class Bank:
         return Batch(latents, captions, labels, rng, loop.generator(seed, step))
 
 
-def patch_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of the middle's patches: logits [b, 64, c], labels [b, 64]."""
-    return PATCH_WEIGHT * nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+def mix(clean: torch.Tensor, source: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rectified flow: x_s = (1 - s) x + s e with Gaussian e, its velocity e - x, and s [b], logistic-normal."""
+    noise = torch.randn(clean.shape, generator=source).to(clean.device)
+    sigma = torch.randn(len(clean), generator=source).sigmoid().to(clean.device)
+    at = sigma.view(-1, *[1] * (clean.dim() - 1))
+    return (1 - at) * clean + at * noise, noise - clean, sigma
+
+
+def loss(velocity: torch.Tensor, wanted: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Squared error of the velocity, and cross-entropy of the middle's patches: logits [b, 64, c], labels [b, 64]."""
+    wrong = (velocity.float() - wanted).square().mean()
+    return wrong + PATCH_WEIGHT * nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
 
 def tokenizer() -> CLIPTokenizer:

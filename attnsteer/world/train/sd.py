@@ -104,12 +104,7 @@ def export(model: Painter, vae: AutoencoderTiny, words: CLIPTokenizer, folder: P
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m attnsteer.world.train sd",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    loop.add_options(made, steps=4000, batch=32, rate=1.5e-3, out="assets/models/world-sd")
+    made = loop.parser("sd", __doc__, steps=4000, batch=32, rate=1.5e-3, out="assets/models/world-sd")
     pictures.add_options(made)
     made.add_argument("--channels", type=int, nargs=2, default=(48, 112), help="at 16 x 16 and 8 x 8")
     made.add_argument("--heads", type=int, nargs=2, default=(2, 4), help="attention heads at 16 x 16 and 8 x 8")
@@ -137,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
         with sdpa_kernel(SDPBackend.MATH):  # the fused backward is slow on CPU
             velocity, logits = model(levels.add_noise(clean, noise, timestep), timestep, tokens.to(device))
         wanted = levels.get_velocity(clean, noise, timestep)
-        return (velocity.float() - wanted).square().mean() + pictures.patch_loss(logits, batch.labels)
+        return pictures.loss(velocity, wanted, logits, batch.labels)
 
     loop.fit(
         model,

@@ -159,12 +159,7 @@ SHAPE = ("num_layers", "num_attention_heads", "attention_head_dim")
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m attnsteer.world.train sd3",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    loop.add_options(made, steps=3000, batch=48, rate=1.5e-3, out="assets/models/world-sd3")
+    made = loop.parser("sd3", __doc__, steps=3000, batch=48, rate=1.5e-3, out="assets/models/world-sd3")
     pictures.add_options(made)
     made.set_defaults(crowd=0.15)
     made.add_argument("--blocks", type=int, default=6, help="transformer blocks (default: %(default)s)")
@@ -187,14 +182,10 @@ def main(arguments: list[str] | None = None) -> None:
     def loss(step: int) -> torch.Tensor:
         batch = bank.batch(step, options.batch)
         padded = words(batch.captions, padding="max_length", truncation=True, return_tensors="pt")
-        noise = torch.randn(batch.latents.shape, generator=batch.source).to(device)
-        sigma = torch.randn(options.batch, generator=batch.source).sigmoid().to(device)  # logistic-normal
+        mixed, wanted, sigma = pictures.mix(batch.latents, batch.source)
         zeros = torch.from_numpy(batch.rng.choice(ZERO_TOKENS, size=options.batch)).to(device, torch.float32)
-        at = sigma[:, None, None, None]
-        mixed = (1 - at) * batch.latents + at * noise
         velocity, logits = model(mixed, 1000 * sigma, padded.input_ids.to(device), zeros)
-        wrong = (velocity.float() - (noise - batch.latents)).square().mean()
-        return wrong + pictures.patch_loss(logits, batch.labels)
+        return pictures.loss(velocity, wanted, logits, batch.labels)
 
     loop.fit(
         model,

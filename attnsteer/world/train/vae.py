@@ -84,12 +84,7 @@ def export(model: AutoencoderTiny, options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train the autoencoder."""
-    parser = argparse.ArgumentParser(
-        prog="python -m attnsteer.world.train vae",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    loop.add_options(parser, steps=3500, batch=16, rate=1e-3, out="assets/models/world-sd3/vae")
+    parser = loop.parser("vae", __doc__, steps=3500, batch=16, rate=1e-3, out="assets/models/world-sd3/vae")
     parser.add_argument("--width", type=int, default=32, help="channels of all blocks (default: %(default)s)")
     parser.add_argument("--init", type=Path, help="start from the weights of this folder")
     options = parser.parse_args(arguments)
