@@ -67,14 +67,17 @@ class Wish:
     scene: Scene
 
 
-def wishes(kind: str, per_category: int = 4) -> list[Wish]:
-    """`per_category` prompts of a kind for each core category; categories that meet are a pair of the test split."""
-    return [_wish(kind, number, name) for number, name in enumerate(CORE * per_category)]
+def wishes(kind: str, per_category: int = 4, split: str = "test") -> list[Wish]:
+    """`per_category` prompts of a kind for each core category; the first two categories are a pair of the split."""
+    found = (_wish(kind, number, name, split) for number, name in enumerate(CORE * per_category))
+    return [wish for wish in found if wish]
 
 
-def _wish(kind: str, number: int, name: str) -> Wish:
+def _wish(kind: str, number: int, name: str, split: str) -> Wish | None:
     rng = np.random.default_rng((SEED, 9, list(RIGHT).index(kind), number))
-    unmet = [other for other in CORE if sampling.split_of(name, other) == "test"]
+    unmet = [other for other in CORE if other != name and sampling.split_of(name, other) == split]
+    if not unmet:
+        return None  # few pairs are of the validation split
     names = [name, unmet[int(rng.integers(len(unmet)))]]
     names.append(str(rng.choice([other for other in CORE if other not in names])))
     names = {"one": names[:1], "three": names, "count": [name, name]}.get(kind, names[:2])
