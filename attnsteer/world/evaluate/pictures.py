@@ -73,7 +73,7 @@ def wishes(kind: str, per_category: int = 4, split: str = "test") -> list[Wish]:
     return [wish for wish in found if wish]
 
 
-def _wish(kind: str, number: int, name: str, split: str) -> Wish | None:
+def _wish(kind: str, number: int, name: str, split: str = "test") -> Wish | None:
     rng = np.random.default_rng((SEED, 9, list(RIGHT).index(kind), number))
     unmet = [other for other in CORE if other != name and sampling.split_of(name, other) == split]
     if not unmet:
