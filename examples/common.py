@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from PIL import Image
 
 from attnsteer import Processor, Variant, run_variants, steer
@@ -38,13 +39,14 @@ def options(about: str | None, file: str, model: str, prompt: str | list[str]) -
     return parser
 
 
-def setting(given: argparse.Namespace, name: str, published: int) -> int:
-    """The published value of a parameter that counts layers or resolutions; embedded models are smaller."""
+def setting(given: argparse.Namespace, name: str, published: Any) -> Any:
+    """The published value of a parameter, or for the small embedded models the one that fits them."""
     return EMBEDDED.get(given.model, {}).get(name, published)
 
 
 def load(given: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The pipeline and the arguments of its call."""
+    logging.set_verbosity_error()
     pipe, _ = models.load(given.model, given.device, given.dtype)
     return pipe, call_defaults(given.model, pipe) | {"num_inference_steps": given.num_steps}
 

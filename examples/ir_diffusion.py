@@ -28,8 +28,12 @@ def main(arguments: list[str] | None = None) -> None:
     pipe, call = load(given)
     words = [*([subject] for subject in given.subjects), given.subjects]
     *references, scene = rehearse(pipe, given.prompts, words=words, generator=generators(given), **call)
-    # the paper repositions from layer 36 of SDXL's 70 on
-    method = IRDiffusion(references=torch.cat(references), scene=scene, start_layer=setting(given, "start_layer", 36))
+    method = IRDiffusion(
+        references=torch.cat(references),
+        scene=scene,
+        start_layer=setting(given, "start_layer", 36),  # of SDXL's 70
+        mutual=setting(given, "mutual", 0.9),
+    )
     rows = {"plain": tell(given, pipe, call), "IR-Diffusion": tell(given, pipe, call, method)}
     show(given, rows, given.prompts)
 

@@ -1,8 +1,8 @@
 """SoftPAG: guidance away from a prediction whose chosen heads are softly perturbed (arXiv 2506.10978).
 
 python examples/softpag.py
-python examples/softpag.py --model stabilityai/stable-diffusion-3-medium-diffusers --layers 9 --num-steps 28 \\
-    --prompt "a photo of a dog in a sports car" --device cuda
+python examples/softpag.py --model stabilityai/stable-diffusion-3-medium-diffusers --layers 9 --scale 3 \\
+    --num-steps 28 --prompt "a photo of a dog in a sports car" --device cuda
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from attnsteer.processors import SoftPAG
 
 def main(arguments: list[str] | None = None) -> None:
     parser = options(__doc__, __file__, "world-sd3", "a dog and a car on a blue background")
-    parser.add_argument("--layers", type=int, nargs="+", default=[2, 3])
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 5])
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.25, 0.5, 1.0])
-    parser.add_argument("--scale", type=float, default=3.0)
+    parser.add_argument("--scale", type=float, default=2.0)
     given = parser.parse_args(arguments)
 
     pipe, call = load(given)

@@ -171,6 +171,18 @@ def test_a_story_is_one_batch_beside_its_plain_pictures(folder: Path, capsys: py
         assert Image.open(one).tobytes() != Image.open(other).tobytes()
 
 
+def test_a_saved_configuration_brings_its_tensors(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    masks = torch.zeros(1, 2, 2)
+    masks[:, 0] = 1
+    IRDiffusion(references=masks, scene=masks, start_layer=0).save_pretrained(str(folder / "layout"))
+    story = ["--prompt", "a dog", "--prompt", "a red dog", *SIZE, "--config", folder / "layout"]
+    found = report(capsys, folder / "sd15", *story, "--out", folder / "layout.png")
+    assert found["pictures"][-1]["processors"][0]["parameters"]["scene"] == {"tensor": "scene"}
+    first, scene, same, other = (Image.open(file).tobytes() for file in found["files"])
+    assert first == same
+    assert scene != other
+
+
 def test_videos_of_variants_are_gifs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--prompt", "a dog", *SHORT, "--call", "num_frames=3", "--num-seeds", "2"]
     found = report(capsys, folder / "wan", *arguments, "--out", folder / "videos.png")
@@ -222,6 +234,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "no list": (["--variants", "{}/bad/object.json"], "wanted is a list"),
     "no JSON": (["--variants", "{}/bad/text.json"], "not JSON"),
     "no processor in it": (["--variants", "{}/bad/entry.json"], "entry 2: .*no processor 'Nope'"),
+    "a tensor": (["--method", "ir-diffusion"], "references and scene cannot be written here: .*--config FOLDER"),
     "a story of one": (["--method", "consistent-self-attention"], "give a --prompt for each of them"),
     "seeds of a story": (["--prompt", "y", "--num-seeds", "2"], "--num-seeds is for one prompt"),
     "no seeds": (["--num-seeds", "0"], "1 or more"),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Run = Callable[[argparse.Namespace], int]
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 EMBEDDED: dict[str, dict[str, Any]] = {
-    "world-sd": {"level": 0, "start_layer": 3},
+    "world-sd": {"level": 0, "start_layer": 3, "mutual": 0.5},
     "world-sd3": {"start_layer": 3, "mutual": 0.0},
     "world-llava": {},
 }
@@ -105,7 +105,17 @@ def processors(given: argparse.Namespace) -> list[Processor]:
         if details:
             raise SteeringError(f"--{details[0]} belongs to a method: name one with --method.")
         return []
-    return [processor_from_dict(configuration(given))]
+    wanted = configuration(given)
+    try:
+        return [processor_from_dict(wanted)]
+    except SteeringError as error:
+        tensors = [name for name, kind in parameters_of(wanted["processor"]).items() if "Tensor" in kind]
+        if not any(f"{name}=" in str(error) for name in tensors):
+            raise
+        hint = (
+            f"{' and '.join(tensors)} cannot be written here: save_pretrained writes them, --config FOLDER takes them."
+        )
+        raise SteeringError([*error.reasons, hint]) from error
 
 
 def configuration(given: argparse.Namespace) -> dict[str, Any]:
@@ -156,11 +166,11 @@ def described(processor: Processor) -> dict[str, Any]:
     return {"processor": type(processor).__name__, "parameters": shown}
 
 
-def parameters_of(name: str) -> tuple[str, ...]:
-    """The names of a processor's parameters."""
+def parameters_of(name: str) -> dict[str, str]:
+    """The parameters of a processor and, as text, their types."""
     from ..processors import get
 
-    return tuple(field.name for field in fields(get(name)))
+    return {field.name: str(field.type) for field in fields(get(name))}
 
 
 def subjects(text: str, name: str) -> list[str]:
