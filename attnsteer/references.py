@@ -5,8 +5,8 @@
 
 In each call of the denoiser the latents of a reference row are the encoded picture with noise of that step's level:
 ``sqrt(a_t) x + sqrt(1 - a_t) n``, or whatever the scheduler's own ``add_noise`` (``scale_noise``) says. What the
-denoiser predicts for these rows is not used again, and what the pipeline returns for them is not the picture. Pictures
-are noised, not inverted.
+denoiser predicts for these rows is not used again, and what the pipeline returns for them is not the picture. A picture
+that was inverted (``attnsteer.inversion``) stands there with the latents of its own way instead of with noise.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .errors import SteeringError
 from .hosts.worlds import is_pipeline, models_of
+from .inversion import Inverted
 
 
 @contextmanager
@@ -27,9 +28,9 @@ def noised_references(pipe: Any, pictures: Sequence[Any], seed: int = 0) -> Iter
     """For the length of a block, given pictures stand in rows of the pipeline's batch.
 
     Args:
-        pipe: a Diffusers pipeline whose denoiser takes latents as pictures (UNets, SD3, PixArt).
+        pipe: a Diffusers pipeline whose denoiser takes latents as pictures (UNets, SD3, PixArt), or FLUX's.
         pictures: one entry for each prompt of the calls to come: a picture (PIL, array), its latents as a tensor
-            ``(C, h, w)``, or None for a row that is generated.
+            ``(C, h, w)`` (or packed, for FLUX), what ``invert`` found for it, or None for a row that is generated.
         seed: of the noise; every row has its own.
 
     Raises:
@@ -54,51 +55,65 @@ class _Rows:
         self.latents: dict[int, Tensor] = {}
 
     def __call__(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        from .hosts import denoisers
+        from .hosts import denoisers, latents
         from .hosts.base import named_inputs
 
         inputs, rows = named_inputs(model, args, kwargs), len(self.pictures)
         sample = denoisers.sample_of(denoisers.family_of(model), inputs)
-        if sample.dim() != 4 or sample.shape[0] not in (rows, 2 * rows):
+        shape = latents.latent_shape(model, inputs)
+        if sample.shape[0] not in (rows, 2 * rows):
             raise SteeringError(
-                f"The denoiser got latents of shape {tuple(sample.shape)}; with {rows} entries wanted are (rows, "
-                "channels, height, width), that many rows, or twice as many with guidance."
+                f"The denoiser got latents of shape {tuple(sample.shape)}; with {rows} entries wanted are {rows} rows, "
+                "or twice as many with guidance."
             )
-        noised = sample.clone()
+        scheduler, noised = self.pipe.scheduler, sample.clone()
+        now = latents.position(model, scheduler, inputs["timestep"])
+        moment = scheduler.timesteps[now]
         for row, picture in enumerate(self.pictures):
-            if picture is not None:
+            if isinstance(picture, Inverted):
+                noised[row::rows] = _on_its_way(picture, scheduler, now, sample)
+            elif picture is not None:
                 if row not in self.latents:
-                    self.latents[row] = _latents(self.pipe, picture, sample)
+                    self.latents[row] = self._clean(model, picture, shape, sample)
                 clean = self.latents[row]
                 generator = torch.Generator().manual_seed(self.seed * rows + row)
                 noise = torch.randn(clean.shape, generator=generator).to(clean.device)
-                noised[row::rows] = _noised(self.pipe.scheduler, clean, noise, inputs["timestep"]).to(sample)
+                noised[row::rows] = _noised(scheduler, clean, noise, moment).to(sample)
         if args and args[0] is sample:
             return (noised, *args[1:]), kwargs
         return args, {name: noised if value is sample else value for name, value in kwargs.items()}
 
+    def _clean(self, model: torch.nn.Module, picture: Any, shape: tuple[int, int, int], sample: Tensor) -> Tensor:
+        """The latents of a picture as the denoiser takes them, ``(1, ...)`` float32."""
+        from .hosts import latents
 
-def _latents(pipe: Any, picture: Any, sample: Tensor) -> Tensor:
-    """The latents of a picture, ``(1, C, h, w)`` float32 at the size of the run's own."""
-    wanted = tuple(sample.shape[1:])
-    if isinstance(picture, Tensor):
-        if tuple(picture.shape) != wanted:
-            raise SteeringError(f"Reference latents have shape {tuple(picture.shape)}; this run's have {wanted}.")
-        return picture[None].to(sample.device, torch.float32)
-    vae, scale = pipe.vae, pipe.vae_scale_factor
-    if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
-        raise SteeringError("This autoencoder overflows in float16: load it in float32, or give latents as tensors.")
-    pixels = pipe.image_processor.preprocess(picture, height=wanted[1] * scale, width=wanted[2] * scale)
-    with torch.no_grad():
-        encoded = vae.encode(pixels.to(sample.device, vae.dtype))
-    found = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return (found.float() - shift) * vae.config.scaling_factor
+        if not isinstance(picture, Tensor):
+            return latents.laid_out(model, latents.encoded(self.pipe, picture, shape, sample.device)).float()
+        given = picture.to(sample.device, torch.float32)[None]
+        if picture.shape == sample.shape[1:]:
+            return given
+        if tuple(picture.shape) != shape:
+            raise SteeringError(f"Reference latents have shape {tuple(picture.shape)}; this run's have {shape}.")
+        return latents.laid_out(model, given)
 
 
-def _noised(scheduler: Any, clean: Tensor, noise: Tensor, timestep: Any) -> Tensor:
+def _on_its_way(picture: Inverted, scheduler: Any, now: int, sample: Tensor) -> Tensor:
+    """The latents of an inverted picture in a step of the schedule that it was inverted for."""
+    mine, here = picture.timesteps.cpu(), scheduler.timesteps.cpu()
+    if mine.shape != here.shape or not torch.allclose(mine.double(), here.double()):
+        raise SteeringError(
+            f"A picture was inverted in {len(mine)} steps from {float(mine[0]):g}, this run has {len(here)} from "
+            f"{float(here[0]):g}: invert it with the arguments of the run."
+        )
+    if picture.latents.shape[1:] != sample.shape[1:]:
+        wanted, found = tuple(sample.shape[1:]), tuple(picture.latents.shape[1:])
+        raise SteeringError(f"An inverted picture has latents of shape {found}; this run's have {wanted}.")
+    return picture.latents[now].to(sample)
+
+
+def _noised(scheduler: Any, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
     """The latents at the noise level of a step, scaled as the scheduler scales the denoiser's input."""
-    moment = torch.as_tensor(timestep, device=clean.device).flatten()[:1]
+    moment = timestep.to(clean.device).flatten()[:1]
     if hasattr(scheduler, "scale_noise"):
         return scheduler.scale_noise(clean, moment, noise)
     return scheduler.scale_model_input(scheduler.add_noise(clean, noise, moment), moment[0])

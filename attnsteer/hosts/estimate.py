@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..site import Site
-from .denoisers import FLUX, Family, unet_level
+from .denoisers import Family, unet_level
+from .latents import PACKED
 
 TEXT_TOKENS = 512
 """Upper bound taken for the text tokens of a joint sequence where nobody tells how many there are."""
-PACKED = {FLUX.name: 2}
-"""Latents on a side of a token, where the pipeline packs them and the model's own patches are single."""
 
 
 def tape_bytes(
