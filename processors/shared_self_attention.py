@@ -12,9 +12,12 @@ All queries of a picture see the same keys; there is one softmax over them all.
 Fused: one call per anchor that is read, over the keys of its subject alone, and one for the log-sum-exp of the own
 keys, merged; no map over several pictures. Cost per chosen layer: one call of the size of the own one, and one of the
 subject's share of it per anchor. In joint attention (our extension) image queries read image keys, text takes no part.
-Limits: the masks are given once (``attnsteer.stories`` makes them from boxes or from a rehearsal), where the authors
-refresh theirs from the cross-attention of the steps before. Without masks whole pictures are shared. Query blending and
-feature injection, the paper's two other parts, are not here. The paper's own parameter values are unconfirmed.
+Limits, against the authors' code: the masks are given once (``attnsteer.stories`` makes them from boxes,
+``attnsteer.rehearsal`` from a run before); the authors make them anew after every step, from the conditional rows'
+cross-attention to the subject's words at a sixteenth of the latent's area, averaged over layers and the last 20 steps.
+Missing altogether: query blending (queries of a plain forward in the first tenth of the steps) and feature injection (a
+second run in which outputs of attention take 0.8 of the best matching token of another picture, by DIFT features of the
+first run). Without masks whole pictures are shared. The paper's own parameter values are unconfirmed.
 With guidance (PAG, SoftPAG) perturbed rows read conditional ones: ``attnsteer.lending``.
 """
 
