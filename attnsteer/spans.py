@@ -119,7 +119,8 @@ def _occurrences(pieces: Sequence[bytes], word: str) -> list[tuple[int, ...]]:
     starts = [0]
     for piece in pieces:
         starts.append(starts[-1] + len(piece))
-    body = rb"\s*".join(re.escape(part.encode()) for part in word.split())
+    parts = re.findall(r"\w+|[^\w\s]+", word)  # CLIP puts spaces around the hyphen of "red-framed"
+    body = rb"\s*".join(re.escape(part.encode()) for part in parts)
     before, after = (rb"(?<![0-9A-Za-z])", rb"(?![0-9A-Za-z])")  # a CJK neighbour does not continue a word
     found = []
     for match in re.finditer(before + body + after, text, re.IGNORECASE):

@@ -99,6 +99,14 @@ def test_subwords_by_hand(tokens: tuple[str, ...], word: str, expected: list[int
     assert find_words(_Spelled(*tokens), torch.arange(len(tokens)), word).int().tolist() == expected
 
 
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("word", ["red-framed", "red-framed dog", "red - framed"])
+def test_words_with_a_hyphen(name: str, word: str) -> None:
+    """CLIP's text has spaces around a hyphen, the others' have none."""
+    found = _found(MAKERS[name](), "a red-framed dog and a red dog", word)
+    assert found.replace("|", "") == word.replace(" ", "")
+
+
 @pytest.mark.parametrize("nothing", ["", "  ", [], ["dog", ""]])
 def test_no_word_is_an_error(nothing: Any) -> None:
     with pytest.raises(SteeringError, match="names no word"):
