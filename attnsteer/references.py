@@ -56,12 +56,13 @@ class _Rows:
 
     def __call__(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         from .hosts import denoisers, latents
-        from .hosts.base import named_inputs
+        from .hosts.base import named_inputs, rows_held
 
         inputs, rows = named_inputs(model, args, kwargs), len(self.pictures)
         sample = denoisers.sample_of(denoisers.family_of(model), inputs)
         shape = latents.latent_shape(model, inputs)
-        if sample.shape[0] not in (rows, 2 * rows):
+        held = rows_held()  # a forward of some rows alone: the perturbed ones of guidance
+        if held is None and sample.shape[0] not in (rows, 2 * rows):
             raise SteeringError(
                 f"The denoiser got latents of shape {tuple(sample.shape)}; with {rows} entries wanted are {rows} rows, "
                 "or twice as many with guidance."
@@ -70,15 +71,18 @@ class _Rows:
         now = latents.position(model, scheduler, inputs["timestep"])
         moment = scheduler.timesteps[now]
         for row, picture in enumerate(self.pictures):
+            here = [place for place, each in enumerate(held or range(len(sample))) if each % rows == row]
+            if not here:
+                continue
             if isinstance(picture, Inverted):
-                noised[row::rows] = _on_its_way(picture, scheduler, now, sample)
+                noised[here] = _on_its_way(picture, scheduler, now, sample)
             elif picture is not None:
                 if row not in self.latents:
                     self.latents[row] = self._clean(model, picture, shape, sample)
                 clean = self.latents[row]
                 generator = torch.Generator().manual_seed(self.seed * rows + row)
                 noise = torch.randn(clean.shape, generator=generator).to(clean.device)
-                noised[row::rows] = _noised(scheduler, clean, noise, moment).to(sample)
+                noised[here] = _noised(scheduler, clean, noise, moment).to(sample)
         if args and args[0] is sample:
             return (noised, *args[1:]), kwargs
         return args, {name: noised if value is sample else value for name, value in kwargs.items()}

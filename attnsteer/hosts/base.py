@@ -123,6 +123,24 @@ def named_inputs(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
+_held: list[tuple[int, ...]] = []
+
+
+@contextmanager
+def holding(rows: tuple[int, ...]) -> Iterator[None]:
+    """Inside, a denoiser runs on these rows of the pipeline's batch alone."""
+    _held.append(rows)
+    try:
+        yield
+    finally:
+        _held.pop()
+
+
+def rows_held() -> tuple[int, ...] | None:
+    """The rows of the pipeline's batch that the forward in progress holds; None for all of them."""
+    return _held[-1] if _held else None
+
+
 def prediction(output: Any) -> torch.Tensor:
     """The prediction in a denoiser's output, whether tuple or output class."""
     found = output[0] if isinstance(output, tuple) else output.sample

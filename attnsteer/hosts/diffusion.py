@@ -28,7 +28,7 @@ from ..reacting import limited, reacting
 from ..scheduler import Plan, Rows, check_steps, row_of, wanted_sites
 from ..site import Site
 from . import denoisers, nurse
-from .base import Call, copy_nest, intercept, intercepted, is_compiled, named_inputs, prediction, unwrap
+from .base import Call, copy_nest, holding, intercept, intercepted, is_compiled, named_inputs, prediction, unwrap
 from .bindings import Bindings
 from .carry import steering
 from .diffusers_seam import arm
@@ -362,7 +362,7 @@ class DiffusionSession:
                 inputs[name] = [inputs[name][first + lane.row] for lane in lanes]
         plain = self._active(lambda plan: not plan.guides)
         wanted = [(*row_of(plain, lane.row, samples), lane.plan) for lane in lanes]
-        numbers = [lane.row + first for lane in lanes]
+        numbers = tuple(lane.row + first for lane in lanes)
 
         def borrow(plan: Plan, site: Site) -> Borrower:
             return Borrower(limited(plan, site, plain, rows.device), forward.loans[site], numbers, rows)
@@ -375,11 +375,11 @@ class DiffusionSession:
             self.unforked[why] = self.unforked.get(why, 0) + 1
         self.extra_rows += len(lanes)
         if forward.tape is None or why:
-            with steering(forward.model, bindings):
+            with holding(numbers), steering(forward.model, bindings):
                 return forward.call(**inputs)
         # what was edited before the fork is in the recording
         behind = {site: binding for site, binding in bindings.items() if not forward.tape.covers(site.name)}
-        with steering(forward.model, behind), forward.tape.replaying(rows, batch):
+        with holding(numbers), steering(forward.model, behind), forward.tape.replaying(rows, batch):
             return forward.call(**inputs)
 
     def _nursed(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import attnsteer
 from attnsteer import SteeringError, Where
@@ -17,6 +18,7 @@ from attnsteer.binding import Binding
 from attnsteer.draws import uniform
 from attnsteer.lending import Borrower, Loan
 from attnsteer.processors import PAG, SEG, ConsistentSelfAttention, IRDiffusion, SharedSelfAttention, SoftPAG
+from attnsteer.references import noised_references
 from attnsteer.site import AttentionCall, Spans
 from attnsteer.stories import box_masks
 from tests.calls import make_call
@@ -251,6 +253,45 @@ def test_the_loan_is_returned():
         latents(pipe, "sd15", batch=2)
         assert steering.session._forward is None
         assert all(b.loan is None for made in steering.session._bindings._made.values() for b in made.values())
+
+
+def test_given_pictures_stand_in_their_perturbed_rows_too():
+    """However many perturbed rows there are: the scene's guidance is the same."""
+    pipe = to_double(pipelines.build("sd15"))
+    how = IRDiffusion(references=MASKS, scene=SCENE, start_layer=0)
+    guide, other = SoftPAG(Where(layers=-1), scale=2.0), SoftPAG(Where(layers=0), scale=1.0)
+    noise = torch.Generator().manual_seed(1)
+    pictures = [torch.randn(4, 6, 10, generator=noise) for _ in range(2)]
+    results = {}
+    for key, variants in {
+        "scene": [[how], [how], [how, guide, other]],
+        "all": [[how, guide, other]] * 3,
+        "plain": [[how]] * 3,
+    }.items():
+        with noised_references(pipe, [*pictures, None]), attnsteer.attach(pipe, variants=variants):
+            results[key] = latents(pipe, "sd15", batch=3)
+    torch.testing.assert_close(results["scene"][2], results["all"][2], rtol=1e-9, atol=1e-9)
+    assert (results["scene"][2] - results["plain"][2]).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [METHODS[0], METHODS[3]], ids=lambda m: type(m).__name__)
+def test_two_graphs_of_a_compiled_model_serve_all_steps(share):
+    """One of the conditional rows that lend, one of the perturbed rows; the fork is not for compiled models."""
+    pipe, guide = pipelines.build("sd15"), SoftPAG(Where(layers=-1), scale=2.0)
+    with attnsteer.steer(pipe, share, guide):
+        expected = latents(pipe, "sd15", batch=3)
+    graphs = CompileCounter()
+    torch._dynamo.reset()
+    pipe.unet = torch.compile(pipe.unet, backend=graphs)
+    with attnsteer.steer(pipe, share, guide):
+        latents(pipe, "sd15", batch=3, steps=1)
+        first = graphs.frame_count
+        found = latents(pipe, "sd15", batch=3)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    if isinstance(share, SharedSelfAttention):
+        assert graphs.frame_count == 2
+    assert graphs.frame_count <= 2 * first  # IRDiffusion pauses once at each site, where its masks are laid
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
