@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..search.headhunter import Progress
     from ..search.scorer import Pair
 
-OBJECTIVES = ("judge", "clip", "pickscore", "aesthetic", "hps")
+OBJECTIVES = ("judge", "colourfulness", "clip", "pickscore", "aesthetic", "hps")
 LATER = 1_000_000
 """What held-out seeds are away from those of the search."""
 EVERY = 20.0
@@ -63,7 +63,7 @@ def _add_pairs(group: Any) -> None:
     add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt (repeatable)")
     add("--num-seeds", type=positive, default=1, help="seeds for each prompt without its own (default: 1), from --seed")
     add("--num-pairs", type=positive, default=4, help="pairs that embedded models bring without prompts (default: 4)")
-    several = "judge, clip, pickscore, aesthetic or hps; several: their harmonic mean (default: judge)"
+    several = f"{', '.join(OBJECTIVES)}; several: their harmonic mean (default: judge)"
     add("--objective", action="append", default=[], choices=OBJECTIVES, metavar="NAME", help=several)
     add("--at-least", action="append", default=[], metavar="NAME=VALUE", help="take only heads whose mean reaches it")
     more = "folder or hub id for pickscore, pickscore.processor, aesthetic.head, ..."
@@ -219,6 +219,7 @@ def _objective(name: str, parts: dict[str, str], device: str) -> Objective:
 
     takes = {
         "judge": ("checkpoint",),
+        "colourfulness": (),
         "clip": ("checkpoint",),
         "pickscore": ("checkpoint", "processor"),
         "aesthetic": ("checkpoint", "head"),
@@ -226,11 +227,13 @@ def _objective(name: str, parts: dict[str, str], device: str) -> Objective:
     }
     wrong = sorted(set(parts) - set(takes[name]))
     if wrong:
-        raise SteeringError(f"--checkpoint {name}.{wrong[0]}: {name} takes {' and '.join(takes[name])}.")
+        raise SteeringError(f"--checkpoint {name}.{wrong[0]}: {name} takes {' and '.join(takes[name]) or 'none'}.")
     if name == "hps" and "checkpoint" not in parts:
         raise SteeringError("hps needs its weights in the format of transformers: give --checkpoint hps=PATH.")
     if name == "judge":
         return search.WorldJudge(parts.get("checkpoint"), device)
+    if name == "colourfulness":
+        return search.Colourfulness()
     make: dict[str, Callable[..., Objective]] = {
         "clip": search.Clip,
         "pickscore": search.PickScore,

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from .headhunter import HeadHunter
 from .hunter import Round, generations, hunt
-from .objectives import HPS, Aesthetic, Clip, Harmonic, Objective, PickScore, Thresholded, WorldJudge
+from .objectives import HPS, Aesthetic, Clip, Colourfulness, Harmonic, Objective, PickScore, Thresholded, WorldJudge
 from .selection import Head, Selection
 
 __all__ = [
     "HPS",
     "Aesthetic",
     "Clip",
+    "Colourfulness",
     "Harmonic",
     "Head",
     "HeadHunter",

@@ -5,6 +5,7 @@ picture, higher is better. It must judge every picture by itself, since pictures
 
     Clip, PickScore, Aesthetic, HPS     transformers checkpoints, by folder or hub id
     WorldJudge                          the small world's judge, embedded
+    Colourfulness                       a look, without any model
     Harmonic([PickScore(), Clip()])     rank by the harmonic mean of the mean scores
     Thresholded(Clip(), [(PickScore(), 20.0), (Aesthetic(), 6.0)])    rank by CLIP those whose means reach the others
 """
@@ -199,6 +200,31 @@ class Aesthetic(_Single):
     def measure(self, images: Sequence[Any], prompts: Sequence[str]) -> Any:
         weight, bias = self._loaded()
         return self.encoders.images(images).double().cpu() @ weight + bias
+
+
+# ---- without a model -------------------------------------------------------------------------------------------------
+class Colourfulness(_Single):
+    """How colourful a picture is (Hasler and Süsstrunk, 2003), about 0 to 110 for photographs.
+
+    ``sqrt(var(a) + var(b)) + 0.3 sqrt(mean(a)^2 + mean(b)^2)`` over pixels, with ``a = R - G`` and ``b = (R + G) / 2 -
+    B`` in 0..255. A look that searches find heads for; it says nothing about the prompt.
+    """
+
+    name = "colourfulness"
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {"objective": self.name}
+
+    def measure(self, images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
+        import numpy as np
+
+        found = []
+        for image in images:
+            red, green, blue = np.asarray(image.convert("RGB"), dtype=float).reshape(-1, 3).T
+            a, b = red - green, (red + green) / 2 - blue
+            found.append(math.sqrt(a.var() + b.var()) + 0.3 * math.hypot(a.mean(), b.mean()))
+        return found
 
 
 # ---- the small world -------------------------------------------------------------------------------------------------

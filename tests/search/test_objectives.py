@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from attnsteer.errors import SteeringError
-from attnsteer.search import HPS, Aesthetic, Clip, Harmonic, PickScore, Thresholded, WorldJudge
+from attnsteer.search import HPS, Aesthetic, Clip, Colourfulness, Harmonic, PickScore, Thresholded, WorldJudge
 from attnsteer.search.objectives import objective_of
 from attnsteer.world import sampling, text
 from tests.tiny import tokenizers
@@ -214,3 +214,16 @@ def test_settings_of_functions_tell_their_code_apart() -> None:
             return [0.0] * len(images)
 
     assert objective_of(Mine()).settings["settings"] == {"version": 2}
+
+
+def test_colourfulness_pixel_by_pixel() -> None:
+    grey = Image.new("RGB", (8, 8), (70, 70, 70))
+    red = Image.new("RGB", (8, 8), (200, 0, 0))  # a = 200, b = 100 everywhere
+    found = Colourfulness()([grey, red, PICTURES[0]], ["", "", ""])["colourfulness"]
+    assert found[:2] == pytest.approx([0.0, 0.3 * np.sqrt(200**2 + 100**2)])
+    pixels = [PICTURES[0].getpixel((x, y)) for x in range(56) for y in range(40)]
+    a = [red - green for red, green, _ in pixels]
+    b = [(red + green) / 2 - blue for red, green, blue in pixels]
+    means = [sum(values) / len(values) for values in (a, b)]
+    spread = sum((v - m) ** 2 for values, m in zip((a, b), means, strict=True) for v in values) / len(pixels)
+    assert found[2] == pytest.approx(np.sqrt(spread) + 0.3 * np.sqrt(means[0] ** 2 + means[1] ** 2))
