@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter
 
 import attnsteer
 from attnsteer import SteeringError, Where
@@ -272,26 +271,6 @@ def test_given_pictures_stand_in_their_perturbed_rows_too():
             results[key] = latents(pipe, "sd15", batch=3)
     torch.testing.assert_close(results["scene"][2], results["all"][2], rtol=1e-9, atol=1e-9)
     assert (results["scene"][2] - results["plain"][2]).abs().max() > 1e-3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("share", [METHODS[0], METHODS[3]], ids=lambda m: type(m).__name__)
-def test_two_graphs_of_a_compiled_model_serve_all_steps(share):
-    """One of the conditional rows that lend, one of the perturbed rows; the fork is not for compiled models."""
-    pipe, guide = pipelines.build("sd15"), SoftPAG(Where(layers=-1), scale=2.0)
-    with attnsteer.steer(pipe, share, guide):
-        expected = latents(pipe, "sd15", batch=3)
-    graphs = CompileCounter()
-    torch._dynamo.reset()
-    pipe.unet = torch.compile(pipe.unet, backend=graphs)
-    with attnsteer.steer(pipe, share, guide):
-        latents(pipe, "sd15", batch=3, steps=1)
-        first = graphs.frame_count
-        found = latents(pipe, "sd15", batch=3)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    if isinstance(share, SharedSelfAttention):
-        assert graphs.frame_count == 2
-    assert graphs.frame_count <= 2 * first  # IRDiffusion pauses once at each site, where its masks are laid
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
