@@ -24,7 +24,7 @@ from attnsteer.world import assets
 from attnsteer.world.evaluate.pictures import Wish, load, paint, wishes
 from attnsteer.world.judge import Judge
 
-SETTINGS = [None] + [SoftPAG(Where(layers=pair), strength=0.5, scale=2.0) for pair in ([2, 3], [4, 5], [5, 6])]
+SETTINGS = [None] + [SoftPAG(Where(layers=pair), strength=0.5, scale=2.0) for pair in ([1, 2], [2, 3], [3, 4], [4, 5])]
 
 
 def score(pipe: Any, judge: Judge, wanted: list[Wish], guidance: float, method: Any) -> dict[str, float]:

@@ -15,7 +15,7 @@ CALLS: dict[str, dict[str, Any]] = {
         "negative_prompt": "",
         "height": 64,
         "width": 64,
-        "max_sequence_length": 48,
+        "max_sequence_length": 32,
     },
 }
 """What a good picture of the shipped pipeline of each class takes. world-sd3's T5 encoder is a placeholder: one zero
