@@ -23,8 +23,8 @@ Sources: Song et al., "Denoising Diffusion Implicit Models", 2020, arXiv 2010.02
 back with an error of 0.12 (root mean square, colours in [0, 1]), with 4 corrections 0.07; other noise made pictures of
 the same prompts that are 0.13 away: correct, or take more steps. Limits: guidance other than 1 makes inversion poor;
 where predictions change fast or steps are large (noise prediction in few steps), corrections diverge; samplers of
-higher order (DPM-Solver++ 2M) take other steps than those inverted here and give the picture back roughly, stochastic
-ones not at all.
+higher order (DPM-Solver++ 2M) take other steps than those inverted here and give the picture back roughly; samplers
+whose first step already is another one (stochastic, EDM, LCM) are refused.
 """
 
 from __future__ import annotations
@@ -121,7 +121,27 @@ class _Backward:
     def _start(self, *args: Any, **kwargs: Any) -> None:
         self.inner.set_timesteps(*args, **kwargs)
         self._factors, self.unscaled = sampler_steps(self.inner)
+        self._check(*args, **kwargs)
         self.timesteps = self.inner.timesteps.flip(0).repeat_interleave(self.tries)
+
+    def _check(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse a sampler whose own first step is not ``A x + B m``: only it knows what it does."""
+        trial = type(self.inner).from_config(self.inner.config)
+        trial.set_timesteps(*args, **kwargs)
+        scale = getattr(trial, "scale_model_input", lambda sample, timestep: sample)
+        x = torch.linspace(-1, 1, 64).view(1, 1, 8, 8)
+        m = x.square() - 0.5
+        first, then = trial.timesteps[0], trial.timesteps[min(1, len(trial.timesteps) - 1)]
+        sample = x * self.unscaled * float(getattr(trial, "init_noise_sigma", 1.0))
+        with torch.random.fork_rng(devices=[]):  # stochastic ones draw
+            x = scale(sample, first)
+            taken = scale(trial.step(m, first, sample, return_dict=False)[0], then)
+        factor, push = self._factors[0].tolist()
+        if not torch.allclose(taken, factor * x + push * m, rtol=0, atol=1e-3):
+            raise SteeringError(
+                f"{type(trial).__name__} adds noise or takes other steps than those that can be inverted: "
+                "choose DDIM or Euler."
+            )
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         return sample
@@ -198,7 +218,9 @@ def _refusals(pipe: Any, pictures: Sequence[Any], prompts: Sequence[str], correc
         return [f"invert needs a Diffusers pipeline with a scheduler, not {type(pipe).__name__}."]
     scheduler, reasons = pipe.scheduler, []
     config, name = scheduler.config, type(scheduler).__name__
-    if isinstance(prompts, str) or len(pictures) != len(prompts) or not len(pictures):
+    if isinstance(prompts, str) or not hasattr(pictures, "__len__"):
+        reasons.append("Give lists: of pictures, and of a prompt for each.")
+    elif len(pictures) != len(prompts) or not len(pictures):
         reasons.append(f"Give a list of pictures and a prompt for each; got {len(pictures)} and {len(prompts)}.")
     if not isinstance(corrections, int) or isinstance(corrections, bool) or corrections < 0:
         reasons.append(f"corrections={corrections!r} is out of range: allowed is an int from 0 up.")
@@ -206,8 +228,8 @@ def _refusals(pipe: Any, pictures: Sequence[Any], prompts: Sequence[str], correc
         reasons.append("Something is attached to this pipeline: detach it first, inversion runs the plain model.")
     if not hasattr(scheduler, "scale_noise"):
         kind = config.get("prediction_type")
-        if kind not in ("epsilon", "v_prediction") or config.get("use_flow_sigmas"):
-            reasons.append(f"{name} predicts {kind!r}: inverted can be 'epsilon', 'v_prediction' and flow matching.")
+        if kind not in ("epsilon", "v_prediction"):
+            reasons.append(f"{name} predicts {kind!r}: choose one for 'epsilon' or 'v_prediction', or flow matching.")
         if getattr(scheduler, "sigmas", None) is None and not hasattr(scheduler, "final_alpha_cumprod"):
             reasons.append(f"The steps of {name} are not known: choose DDIM or Euler.")
         if config.get("clip_sample") or config.get("thresholding"):

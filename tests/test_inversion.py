@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -150,6 +151,40 @@ def test_corrected_inversion_is_the_inverse_of_the_sampler(which):
         torch.testing.assert_close(
             torch.stack([s[row] for s in seen[:6]]), found[row].latents.to(seen[0]), rtol=0, atol=10 * tolerance
         )
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options"),
+    [
+        ("EulerAncestralDiscreteScheduler", {}),
+        ("LCMScheduler", {}),
+        ("EDMEulerScheduler", {}),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+    ],
+)
+def test_samplers_that_take_other_steps_are_refused(scheduler, options):
+    name = "sd3" if "Flow" in scheduler else "sd15"
+    pipe = pipelines.build(name)
+    pipe.scheduler = getattr(diffusers, scheduler)(**options)
+    own, drawn = pipe.scheduler, torch.get_rng_state()
+    with pytest.raises(SteeringError, match=f"{scheduler} adds noise or takes other steps"):
+        invert(pipe, [given()[0].float()], ["a dog"], **arguments(name, 3))
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert pipe.scheduler is own
+
+
+def test_samplers_of_higher_order_are_taken_for_their_first_order():
+    pipe = pipelines.build("sd15")
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler()
+    (found,) = invert(pipe, [given()[0].float()], ["a dog"], **arguments("sd15", 3))
+    assert found.latents.shape == (3, 4, 6, 10)
+
+
+@pytest.mark.parametrize("pictures", [object(), []])
+def test_pictures_without_a_list_are_refused(pictures):
+    with pytest.raises(SteeringError, match="Give"):
+        invert(pipelines.build("sd3"), pictures, [])
 
 
 # ---- as references ---------------------------------------------------------------------------------------------------
