@@ -14,7 +14,7 @@ from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
 from attnsteer import Where, run_variants
-from attnsteer.cli import main, options
+from attnsteer.cli import main, options, several
 from attnsteer.cli.several import label
 from attnsteer.cli.sheet import captioned_sheet
 from attnsteer.config import processor_from_dict
@@ -190,6 +190,12 @@ def test_videos_of_variants_are_gifs(folder: Path, capsys: pytest.CaptureFixture
     assert Image.open(found["sheet"]).width > 2 * 176
 
 
+def test_commas_inside_brackets_do_not_part_values() -> None:
+    assert several._values("layers=1,2:4") == ["1", "2:4"]
+    assert several._values('subjects=["dog","car"],["cat"]') == ['["dog","car"]', '["cat"]']
+    assert several._values("tokens=[[2],[5, 6]],[[5],[2]]") == ["[[2],[5, 6]]", "[[5],[2]]"]
+
+
 # ---- labels and sheets -----------------------------------------------------------------------------------------------
 def test_labels_say_what_is_no_default() -> None:
     assert label([PAG()]) == "PAG"
@@ -223,6 +229,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "no such level": (["--method", "a-star", "--subjects", "dog"], "level=2: .*its levels are 0, 1. Give one of these"),
     "nothing to bind": (["--method", "syngen", "--subjects", "dog"], "no modifier to bind"),
     "variants of nothing": (["--variants", "strength=1"], "name one with --method"),
+    "variants and a configuration": ([*METHOD, "--config", "x", "--variants", "scale=1"], "leave out --method"),
     "an empty variant": ([*METHOD, "--variants", "strength=.5,"], "has an empty value"),
     "a variant twice": ([*METHOD, "--variants", "scale=1", "--variants", "scale=2"], "names 'scale' twice"),
     "no such parameter": ([*METHOD, "--variants", "u=1"], "no parameter 'u'"),

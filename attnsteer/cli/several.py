@@ -78,6 +78,8 @@ def _product(given: argparse.Namespace, texts: Sequence[str]) -> list[Variant]:
 
     if not given.method:
         raise SteeringError(f"--variants {texts[0]} varies a method: name one with --method.")
+    if given.config:
+        raise SteeringError("--config brings its own processors: leave out --method.")
     names = [text.partition("=")[0] for text in texts]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
@@ -98,7 +100,13 @@ def _product(given: argparse.Namespace, texts: Sequence[str]) -> list[Variant]:
 
 def _values(text: str) -> list[str]:
     """The values behind ``NAME=``; commas inside brackets do not count."""
-    found = re.split(r",(?![^\[{]*[\]}])", text.partition("=")[2])
+    found, depth = [""], 0
+    for letter in text.partition("=")[2]:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += letter
     if not all(value.strip() for value in found):
         raise SteeringError(f"--variants {text!r} has an empty value: write NAME=V1,V2.")
     return [value.strip() for value in found]
