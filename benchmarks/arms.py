@@ -30,6 +30,8 @@ from attnsteer.world.judge import Judge
 from attnsteer.world.scenes import Scene
 from attnsteer.world.text import phrase
 
+DRAWS = 80
+"""Prompts drawn for each category, so many that nearly every pair and background is among them; the first are used."""
 Scores = dict[str, list[float]]
 """Name -> one number for each seed, or one for all of them."""
 Pictures = Sequence[Mapping[int, Any]]
@@ -95,7 +97,9 @@ class Table:
 
     def cases(self, count: int) -> list[Case]:
         """`count` different prompts of two objects, pairs that no training scene has."""
-        found = {wish.prompt: wish for wish in wishes("two", 4 + count // 14, self.split)}
+        found: dict[str, Wish] = {}
+        for wish in wishes("two", DRAWS, self.split):
+            found.setdefault(wish.prompt, wish)
         if len(found) < count:
             raise SystemExit(f"There are only {len(found)} different prompts of the split {self.split!r}.")
         return [Case((*self.references(wish), wish.prompt), wish.scene) for wish in list(found.values())[:count]]

@@ -66,7 +66,8 @@ def run(name: str, given: argparse.Namespace) -> Known:
     wanted = table.cases(given.prompts)
     chosen = [arm for arm in table.arms if not given.arms or arm in given.arms]
     file = given.out / f"{name}.jsonl"
-    known = read(file, settings(name, table, given))
+    prompts = {case.prompts[-1] for case in wanted}
+    known = {key: scores for key, scores in read(file, settings(name, table, given)).items() if key[1] in prompts}
     jobs = [(arm, number) for number in range(len(wanted)) for arm in chosen]
     missing = [(arm, number) for arm, number in jobs if (arm, wanted[number].prompts[-1]) not in known]
     if not missing:

@@ -91,3 +91,24 @@ def test_one_case_of_every_arm(effects, tmp_path, monkeypatch, name):
     painted = (tmp_path / f"{name}.jsonl").stat().st_size
     assert effects.run(name, given) == known  # nothing is painted again
     assert (tmp_path / f"{name}.jsonl").stat().st_size == painted
+
+
+def test_scores_of_other_prompts_are_left_out(effects, tmp_path, monkeypatch, table):
+    monkeypatch.setattr(effects, "TABLES", {"x": lambda: table})
+    given = argparse.Namespace(prompts=2, num_seeds=1, arms=None, out=tmp_path, device="cpu")
+    mine = [case.prompts[-1] for case in table.cases(2)]
+    effects.read(tmp_path / "x.jsonl", effects.settings("x", table, given))
+    with (tmp_path / "x.jsonl").open("a") as log:
+        for arm in table.arms:
+            for prompt in (*mine, "of a longer run"):
+                print(json.dumps({"arm": arm, "prompt": prompt, "scores": {"both": [1.0]}}), file=log)
+    assert set(effects.run("x", given)) == {(arm, prompt) for arm in table.arms for prompt in mine}
+
+
+def test_there_are_enough_prompts_and_longer_runs_begin_with_those_of_shorter_ones(effects):
+    from arms import TABLES
+
+    for name in ("words", "lengths"):
+        many = TABLES[name]().cases(200)
+        assert len({case.prompts for case in many}) == 200
+        assert TABLES[name]().cases(20) == many[:20]
