@@ -41,7 +41,7 @@ class Astray(Processor):
         seed: of the order of elements; each step has another.
 
     Raises:
-        SteeringError: a method that does not move the latent.
+        SteeringError: a method that does not move the latent, or a ``where`` beside that of the method.
     """
 
     method: Processor | None = None
@@ -53,6 +53,8 @@ class Astray(Processor):
         if self.method is None or self.method.nursing() is None:
             name = type(self.method).__name__
             raise SteeringError(f"Astray(method=...) needs a method that moves the latent; {name} does not.")
+        if self.where != Where():
+            raise SteeringError("Astray acts where its method does: give the method a where, and Astray none.")
 
     @property
     def inert(self) -> bool:

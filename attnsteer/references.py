@@ -38,6 +38,8 @@ def noised_references(pipe: Any, pictures: Sequence[Any], seed: int = 0) -> Iter
     """
     if not is_pipeline(pipe):
         raise SteeringError(f"noised_references needs a Diffusers pipeline, not {type(pipe).__name__}.")
+    if not hasattr(pictures, "__len__"):
+        raise SteeringError("Give a list of references: a picture for each prompt, or None for a row to generate.")
     if all(picture is None for picture in pictures):
         raise SteeringError("No reference is a picture: give one at least, and None for the rows to generate.")
     hook = models_of(pipe)[0].register_forward_pre_hook(_Rows(pipe, pictures, seed), with_kwargs=True)

@@ -84,6 +84,11 @@ def test_astray_needs_a_latent_update(method):
         Astray(method=method)
 
 
+def test_astray_acts_where_its_method_does():
+    with pytest.raises(SteeringError, match="give the method a where"):
+        Astray(Where(layers=[0]), method=AttendAndExcite(subjects=WORDS))
+
+
 def test_random_and_all_heads():
     pipe = pipelines.build("sd3")
     sites = attnsteer.sites(pipe)

@@ -94,6 +94,8 @@ def test_what_does_not_fit_is_refused():
     pipe = pipelines.build("sd15")
     with pytest.raises(SteeringError, match="Diffusers pipeline"), noised_references(pipe.unet, clean()):
         pass
+    with pytest.raises(SteeringError, match="Give a list"), noised_references(pipe, object()):
+        pass
     with pytest.raises(SteeringError, match="one at least"), noised_references(pipe, [None, None]):
         pass
     with pytest.raises(SteeringError, match="this run's have"), noised_references(pipe, [torch.ones(4, 3, 3), None]):
