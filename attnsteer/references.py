@@ -64,10 +64,11 @@ class _Rows:
         sample = denoisers.sample_of(denoisers.family_of(model), inputs)
         shape = latents.latent_shape(model, inputs)
         held = rows_held()  # a forward of some rows alone: the perturbed ones of guidance
-        if held is None and sample.shape[0] not in (rows, 2 * rows):
+        twice = sample.shape[0] == 2 * rows and torch.equal(sample[:rows], sample[rows:])  # both halves of guidance
+        if held is None and sample.shape[0] != rows and not twice:
             raise SteeringError(
                 f"The denoiser got latents of shape {tuple(sample.shape)}; with {rows} entries wanted are {rows} rows, "
-                "or twice as many with guidance."
+                "or these twice with guidance, and num_images_per_prompt=1."
             )
         scheduler, noised = self.pipe.scheduler, sample.clone()
         now = latents.position(model, scheduler, inputs["timestep"])

@@ -192,6 +192,10 @@ def test_what_does_not_fit_is_refused():
         latents(pipe, "flux", batch=2)
     with pytest.raises(SteeringError, match="with 2 entries"), noised_references(pipe, [torch.ones(4, 6, 10), None]):
         latents(pipe, "flux", batch=3)
+    call = pipelines.call_kwargs("flux", 2, cfg=False) | {"num_images_per_prompt": 2, "generator": None}
+    twice = pytest.raises(SteeringError, match="num_images_per_prompt=1")  # as many rows as with guidance
+    with twice, noised_references(pipe, [torch.ones(4, 6, 10), None]):
+        pipe(**call)
     qwen = pipelines.build("qwen")
     with pytest.raises(SteeringError, match="not one picture"), noised_references(qwen, [torch.ones(4, 6, 10), None]):
         latents(qwen, "qwen", batch=2)
