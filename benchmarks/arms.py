@@ -8,7 +8,7 @@ objects at the wrong place.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import combinations
 from statistics import fmean
@@ -83,6 +83,7 @@ class Table:
         columns: scores that the table shows, and their headings.
         split: of the pairs of objects; methods are tuned on "validation".
         story: before the prompt of both objects come those of each alone.
+        parameters: of the arms, as far as they are not in their names.
     """
 
     title: str
@@ -94,6 +95,7 @@ class Table:
     columns: Mapping[str, str]
     split: str = "test"
     story: bool = False
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def cases(self, count: int) -> list[Case]:
         """`count` different prompts of two objects, pairs that no training scene has."""
@@ -189,7 +191,9 @@ def words() -> Table:
         astray = lambda pipe, case, number, own=own: Astray(method=own(case), seed=number)  # noqa: E731
         arms[f"{name}: random direction"] = Arm(astray, control=name)
     columns = {"both": "both objects", "exact": "each once, nothing else"}
-    return Table("Latent updates", "world-sd", 1.5, 10, arms, presence, columns)
+    return Table(
+        "Latent updates", "world-sd", 1.5, 10, arms, presence, columns, parameters={"lengths": SIZES, "level": LEVEL}
+    )
 
 
 # ---- heads: guidance by perturbation ---------------------------------------------------------------------------------
@@ -226,7 +230,7 @@ def heads() -> Table:
         "SoftPAG, all heads of these layers": Arm(chosen(lambda sites, n: all_heads(own.where, sites)), control=name),
     }
     columns = {"judge": "judge's score", "exact": "each once, nothing else", "diversity": "diversity"}
-    return Table("Guidance by perturbed heads", "world-sd3", 1.0, 20, arms, quality, columns)
+    return Table("Guidance by perturbed heads", "world-sd3", 1.0, 20, arms, quality, columns, parameters=own.to_dict())
 
 
 # ---- subjects: pictures that share attention -------------------------------------------------------------------------

@@ -13,6 +13,7 @@ semicolon, to its control, both paired by prompt and seed, with the interval tha
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -85,7 +86,11 @@ def run(name: str, given: argparse.Namespace) -> Known:
 
 def settings(name: str, table: Table, given: argparse.Namespace) -> dict[str, Any]:
     """What scores depend on besides arm and prompt."""
-    call = {"model": table.model, "guidance": table.guidance, "steps": table.steps}
+    call: dict[str, Any] = {"model": table.model, "guidance": table.guidance, "steps": table.steps}
+    weights = hashlib.sha256()
+    for file in sorted(assets.path(f"models/{table.model}").rglob("*.safetensors")):
+        weights.update(file.read_bytes())
+    call |= {"weights": weights.hexdigest()[:16], "parameters": dict(table.parameters)}
     return {"table": name, **call, "seeds": given.num_seeds, "first_seed": SEED}
 
 

@@ -78,9 +78,13 @@ class Bank:
             loop.save(file, **self.encode())
         known = torch.load(file, weights_only=True)
         self.latents, self.labels = known["latents"], known["labels"]
+        if not 0 <= options.crowd <= 1:
+            raise SystemExit(f"--crowd {options.crowd} is out of range: allowed is 0 to 1.")
         numbers = range(len(self.latents))
         self.single = [number for number in numbers if bank_count(options.seed, number) == 1]
         self.crowded = [number for number in numbers if bank_count(options.seed, number) > 1]
+        if not self.single or not self.crowded:
+            raise SystemExit(f"--bank {options.bank} scenes are all of one object or all of several: take more.")
 
     @torch.no_grad()
     def encode(self) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ Velocity prediction (Salimans and Ho, 2022, arXiv:2202.00512): with x_t = a x + 
 v = a e - s x, for t uniform over 1,000 steps whose last one is pure noise (Lin et al., 2023, arXiv:2305.08891), jointly
 with the text encoder.
 
-    python -m attnsteer.world.train sd --vae assets/models/world-sd3/vae --threads 1 --float32 --resume
+    python -m attnsteer.world.train sd --threads 1 --float32 --resume
     python -m attnsteer.world.train sd --steps 60000 --batch 256 --device cuda
 """
 

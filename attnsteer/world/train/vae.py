@@ -4,7 +4,7 @@ Loss: mean squared error, twice as heavy on objects as on the background, plus t
 differences (edges). A small Gaussian disturbance of the latents keeps the latent space smooth. At the end the latents
 of 2,048 scenes are measured and `shift_factor` and `scaling_factor` set: the diffusion model sees unit variance.
 
-    python -m attnsteer.world.train vae --steps 3500 --threads 2 --out assets/models/world-sd3/vae
+    python -m attnsteer.world.train vae --steps 3500 --threads 2
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def export(model: AutoencoderTiny, options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train the autoencoder."""
-    parser = loop.parser("vae", __doc__, steps=3500, batch=16, rate=1e-3, out="assets/models/world-sd3/vae")
+    parser = loop.parser("vae", __doc__, steps=3500, batch=16, rate=1e-3, out="assets/models/world-sd/vae")
     parser.add_argument("--width", type=int, default=32, help="channels of all blocks (default: %(default)s)")
     parser.add_argument("--init", type=Path, help="start from the weights of this folder")
     options = parser.parse_args(arguments)
