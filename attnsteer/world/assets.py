@@ -9,7 +9,7 @@ from typing import Any
 VARIABLE = "ATTNSTEER_ASSETS"
 CALLS: dict[str, dict[str, Any]] = {
     "StableDiffusionPipeline": {"guidance_scale": 4.0, "height": 64, "width": 64},
-    "StableDiffusion3Pipeline": {"guidance_scale": 4.0, "max_sequence_length": 1},
+    "StableDiffusion3Pipeline": {"guidance_scale": 3.0, "max_sequence_length": 1},
     "FluxPipeline": {
         "true_cfg_scale": 4.0,
         "negative_prompt": "",
