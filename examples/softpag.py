@@ -15,7 +15,7 @@ from attnsteer.processors import SoftPAG
 
 def main(arguments: list[str] | None = None) -> None:
     parser = options(__doc__, __file__, "world-sd3", "a dog and a car on a blue background")
-    parser.add_argument("--layers", type=int, nargs="+", default=[4, 5])
+    parser.add_argument("--layers", type=int, nargs="+", default=[3, 4])
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.25, 0.5, 1.0])
     parser.add_argument("--scale", type=float, default=2.0)
     given = parser.parse_args(arguments)

@@ -66,10 +66,10 @@ def pictures(given: argparse.Namespace, folder: Path, say: Callable[[str], None]
     from ..where import Where
     from .sheet import picture_sheet
 
-    softpag = SoftPAG(Where(layers=[4, 5]), strength=0.5, scale=2.0)
+    softpag = SoftPAG(Where(layers=[3, 4]), strength=0.5, scale=2.0)
     pipe, _ = models.load("world-sd3", given.device, given.dtype)
     pipe.set_progress_bar_config(disable=True)
-    call = call_defaults("world-sd3", pipe, guidance=2.0)
+    call = call_defaults("world-sd3", pipe, guidance=1.0)
     say(f"world-sd3: {len(PROMPTS)} prompts, {given.num_seeds} seeds, {given.num_steps} steps, {_brief(softpag)}")
 
     def paint(prompt: str, steered: bool) -> list[Any]:
