@@ -11,8 +11,8 @@ did to the other pictures, and a row could not be guided alone. What is asked fo
 conditional row was asked for: the processor answers to the shape of the conditional call once more.
 
 Cost: keys and values of the sharing sites live until the scheduler steps, ``2 B Hkv Nk D`` numbers each.
-Limit: a compiled model gives the same (2e-5 after three guided steps in float32), but its number of graphs is untested:
-perturbed and conditional batches differ in size, and graphs for any size break where sources are read.
+Limit: not tested under ``torch.compile``; perturbed and conditional batches differ in size, and graphs for any size
+break where sources are read, so the number of graphs is not bounded.
 """
 
 from __future__ import annotations
