@@ -29,6 +29,8 @@ from attnsteer.edits import Mix, OwnValue
 from attnsteer.processors import VHR, SoftPAG
 from attnsteer.world import assets, sampling
 
+ROOT = Path(__file__).resolve().parents[1]
+"""Logs name files from here on, wherever the checkout is."""
 Cases = dict[str, Callable[[], Any]]
 
 
@@ -129,7 +131,7 @@ def environment(device: str) -> dict[str, Any]:
     import transformers
 
     return {
-        "command": " ".join(sys.argv),
+        "command": " ".join(sys.argv).replace(f"{ROOT}/", ""),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
