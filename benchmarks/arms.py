@@ -201,7 +201,10 @@ TOP, STRENGTH, SCALE = 9, 0.5, 3.0
 
 
 def searched() -> SoftPAG:
-    file = assets.path("selections/world-sd3-judge.json")
+    file = assets.root() / "selections/world-sd3-judge.json"
+    if not file.exists():
+        made = "attnsteer search world-sd3 --num-pairs 16 --rounds 5 --batch 16 --out outputs/heads"
+        raise SystemExit(f"The table of heads needs {file}: the heads.json that `{made}` writes.")
     return SoftPAG.from_search(file, top=TOP, strength=STRENGTH, scale=SCALE)
 
 

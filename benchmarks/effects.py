@@ -173,8 +173,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "logs" / "effects", help="scores (default: %(default)s)")
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
-    for name in given.tables or TABLES:
-        table, known = TABLES[name](), run(name, given)
+    tables = {name: TABLES[name]() for name in given.tables or TABLES}  # what lacks something says so now
+    for name, table in tables.items():
+        known = run(name, given)
         rows = summary(table, known)
         report = {**environment(given.device), **settings(name, table, given), "rows": rows}
         (given.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
