@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,20 +154,36 @@ def explicit_attention(
 
 
 @contextmanager
-def explicit_identity(model: nn.Module, strength: Mapping[str, Mapping[int, float]]) -> Iterator[None]:
-    """Inside, ``A`` becomes ``(1 - u) A + u I`` at the named modules' heads: ``{module: {head: u}}``.
+def replaced_attention(model: nn.Module, names: Iterable[str], explicit: Callable[..., Tensor]) -> Iterator[None]:
+    """Inside, torch's fused attention is ``explicit(name, query, key, value, ...)`` while a named module runs.
 
     Independent of the engine on purpose: module hooks say where we are, and torch's function itself is replaced.
     """
     running: list[str] = []
     handles = []
-    for name in strength:
+    for name in names:
         module = model.get_submodule(name)
         handles.append(module.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
         handles.append(module.register_forward_hook(lambda *_: (running.pop(), None)[1]))
     original = torch.nn.functional.scaled_dot_product_attention
 
+    def attention(*args: Any, **kwargs: Any) -> Tensor:
+        return explicit(running[-1], *args, **kwargs) if running else original(*args, **kwargs)
+
+    torch.nn.functional.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = original
+        for handle in handles:
+            handle.remove()
+
+
+def explicit_identity(model: nn.Module, strength: Mapping[str, Mapping[int, float]]) -> AbstractContextManager[None]:
+    """Inside, ``A`` becomes ``(1 - u) A + u I`` at the named modules' heads: ``{module: {head: u}}``."""
+
     def explicit(
+        name: str,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -178,21 +194,13 @@ def explicit_identity(model: nn.Module, strength: Mapping[str, Mapping[int, floa
         enable_gqa: bool = False,
     ) -> Tensor:
         assert not is_causal
-        if not running:
-            return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         weights, values = explicit_attention(query, key, value, attn_mask, scale)
         weights = weights.clone()
-        for head, u in strength[running[-1]].items():
+        for head, u in strength[name].items():
             weights[:, head] = (1 - u) * weights[:, head] + u * torch.eye(weights.shape[-1], dtype=weights.dtype)
         return weights @ values
 
-    torch.nn.functional.scaled_dot_product_attention = explicit
-    try:
-        yield
-    finally:
-        torch.nn.functional.scaled_dot_product_attention = original
-        for handle in handles:
-            handle.remove()
+    return replaced_attention(model, strength, explicit)
 
 
 def choice(model: Any) -> tuple[Where, dict[str, dict[int, float]]]:

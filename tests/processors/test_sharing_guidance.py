@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ from attnsteer.references import noised_references
 from attnsteer.site import AttentionCall, Spans
 from attnsteer.stories import box_masks
 from tests.calls import make_call
-from tests.engine.common import double, explicit_attention, latents, predict, to_double
+from tests.engine.common import double, explicit_attention, latents, predict, replaced_attention, to_double
 from tests.engine.test_fork import Scheduler
 from tests.tiny import denoisers, pipelines
 
@@ -111,28 +110,17 @@ def lent_tokens(n: int, row: int) -> Tensor:
     return torch.tensor([t for t in range(n) if uniform(0, 0, n, row, t) < 0.5], dtype=torch.long)
 
 
-@contextmanager
 def both_lanes(
     model: nn.Module, text: int, shared: set[str], perturbed: dict[str, list[int]], u: float
-) -> Iterator[None]:
-    """Inside, rows 0-2 of a batch of six are a story of which 0 and 1 are read, rows 3-5 the same rows perturbed.
-
-    Independent of the engine: module hooks say where we are, and torch's own function is replaced.
-    """
-    running: list[str] = []
-    handles = []
+) -> AbstractContextManager[None]:
+    """Inside, rows 0-2 of a batch of six are a story of which 0 and 1 are read, rows 3-5 the same rows perturbed."""
     first = model.__class__.__name__ == "FluxTransformer2DModel"
-    for name in shared | set(perturbed):
-        module = model.get_submodule(name)
-        handles.append(module.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
-        handles.append(module.register_forward_hook(lambda *_: (running.pop(), None)[1]))
-    original = torch.nn.functional.scaled_dot_product_attention
 
-    def explicit(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-        if not running:
-            return original(query, key, value, attn_mask, *args, **kwargs)
+    def explicit(
+        name: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
         assert attn_mask is None
-        name, out = running[-1], torch.empty_like(query)
+        out = torch.empty_like(query)
         total = query.shape[2]
         image = torch.arange(text, total) if first else torch.arange(total - text)
         for b in range(6):
@@ -153,13 +141,7 @@ def both_lanes(
                     out[b, h] = (1 - u) * out[b, h] + u * value[b, h]
         return out
 
-    torch.nn.functional.scaled_dot_product_attention = explicit
-    try:
-        yield
-    finally:
-        torch.nn.functional.scaled_dot_product_attention = original
-        for handle in handles:
-            handle.remove()
+    return replaced_attention(model, shared | set(perturbed), explicit)
 
 
 @pytest.mark.parametrize("fork", [True, False])
