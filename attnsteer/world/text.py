@@ -121,9 +121,6 @@ def random_turn(scene: Scene, rng: np.random.Generator, pool: Sequence[str] = CO
     present = scene.categories[int(rng.integers(len(scene.categories)))]
     absent = [name for name in pool if name not in scene.counts]
     missing = absent[int(rng.integers(len(absent)))]
-    partner = find(present).partner
-    if partner in absent and rng.random() < 0.3:
-        missing = partner
     single = [name for name, count in scene.counts.items() if count == 1]
     if draw < 0.08 and len(single) > 1:
         one, other = rng.permutation(single)[:2]
