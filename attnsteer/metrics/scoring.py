@@ -186,6 +186,7 @@ def score_hallusionbench(given: Rows, judged: str | None = None, rule: str = "wo
     table = hallusionbench.ratios(found)
     keys: list[Hashable] = list(dict.fromkeys(question.cluster for question in found))
     counts = {"questions": len(found), "right": sum(question.right for question in found)}
-    counts |= {name: int(table[name].denominators.sum()) for name in ("q_acc", "f_acc")}
+    groups = {"question_groups": "q_acc", "figure_groups": "f_acc"}
+    counts |= {name: int(table[metric].denominators.sum()) for name, metric in groups.items()}
     plain = [asdict(question) for question in found]
     return Scored(table, keys, counts, plain, {"overall": hallusionbench.overall(table)}, given.problems)
