@@ -54,7 +54,7 @@ def text_of(path: str | Path) -> str:
         OSError: it cannot be read.
     """
     try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
             return str(file.read())
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
         raise SteeringError(f"{path} cannot be read as text: {error}.") from error

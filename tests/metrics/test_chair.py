@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from attnsteer import SteeringError
 from attnsteer.metrics import chair, objects
-from attnsteer.metrics.words import COCO, names
+from attnsteer.metrics.words import COCO, Vocabulary, names
 from tests.metrics.common import document, lines
 from tests.metrics.test_words import published
 
@@ -255,11 +257,7 @@ def test_what_is_no_ground_truth() -> None:
         objects.ready(["dog"], COCO)
 
 
-def test_written_ground_truth_is_read_again_but_not_in_another_way(tmp_path: Any) -> None:
-    import json
-
-    from attnsteer.metrics.words import Vocabulary
-
+def test_written_ground_truth_is_read_again_but_not_in_another_way(tmp_path: Path) -> None:
     there = {"7": {"dog", "person"}, "8": set()}
     objects.write(tmp_path / "gt.json", there, COCO, [__file__])
     content = json.loads((tmp_path / "gt.json").read_text())
@@ -272,6 +270,14 @@ def test_written_ground_truth_is_read_again_but_not_in_another_way(tmp_path: Any
 def test_plain_ground_truth_takes_synonyms_and_file_names() -> None:
     plain = {"COCO_val2014_000000000042.jpg": ["puppy", "unicorn"], "43": []}
     assert objects.ready(plain, COCO) == {"42": {"dog", "unicorn"}, "43": set()}
+
+
+def test_images_are_drawn_in_the_same_way_from_any_order() -> None:
+    files = [f"COCO_val2014_{number:012d}.jpg" for number in range(5, 200)]
+    assert objects.drawn(files, 20) == objects.drawn(files[::-1], 20) == objects.drawn(range(5, 200), 20)
+    assert len(set(objects.drawn(files, 195))) == 195 and objects.drawn(files, 20, 1) != objects.drawn(files, 20)
+    with pytest.raises(SteeringError, match="200 images were asked for, and there are 195"):
+        objects.drawn(files, 200)
 
 
 @pytest.mark.parametrize(
