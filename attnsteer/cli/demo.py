@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from ..chat import question_inputs
 from . import models
 from .generate import call_defaults
 from .options import command, positive

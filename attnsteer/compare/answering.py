@@ -137,7 +137,9 @@ def model_digest(model: Any, processor: Any) -> str:
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     generation = model.generation_config.to_dict()
     generation.pop("transformers_version", None)
-    return identity({"weights": weights, "config": _json(config), "generation": _json(generation), **_inputs(processor)})
+    return identity(
+        {"weights": weights, "config": _json(config), "generation": _json(generation), **_inputs(processor)}
+    )
 
 
 def _inputs(processor: Any) -> dict[str, Any]:

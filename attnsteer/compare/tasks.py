@@ -155,7 +155,7 @@ class Exists:
         return yesno.ratios(read) | grouped(guards, images)
 
 
-def marked(task: Task, counts: Mapping[str, Any]) -> list[tuple[int, int, bool]]:
+def marked(counts: Mapping[str, Any]) -> list[tuple[int, int, bool]]:
     """Places of an answer that name an object, ``text[start:end]``, and whether it is made up."""
     made_up = set(counts.get("made_up", ()))
     return [(start, end, name in made_up) for start, end, name in counts.get("places", ())]

@@ -1,4 +1,4 @@
-"""The tasks on the small world: scenes against its habits, where a model that guesses what usually comes along is wrong.
+"""The tasks on the small world: scenes against its habits, where a guess of what usually comes along is wrong.
 
 In these scenes no object has its usual partner (``attnsteer.world.evaluate.answers.lonely``), and their combinations
 are in no training scene. Ground truth is exact, and categories are COCO's, so the counting is that of real pictures.
@@ -60,8 +60,8 @@ def describe() -> Describe:
 def exists(seed: int = 0) -> Exists:
     """Of every scene one object that is there, and for each of POPE's splits one that is not.
 
-    random: any; popular: one of the five most frequent (of all scenes); adversarial: the partner of the object that is there. The
-    question with the answer yes belongs to all splits. ``seed`` chooses the objects.
+    random: any; popular: one of the five most frequent (of all scenes); adversarial: the partner of the object that is
+    there. The question with the answer yes belongs to all splits. ``seed`` chooses the objects.
     """
     popular, samples = _by_frequency(list(scenes().values())), []
     for name, scene in scenes().items():
