@@ -10,10 +10,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..search.report import FAINT, GAP, INK, LINES, PAPER, ticks
 from .results import ALL, Results
-from .tables import ARROWS, TITLES
+from .tables import TITLES
 
 WIDTH, ROW, TOP = 720, 26, 56  # pixels
 TEXT = 13
+INKS = (*LINES, (190, 40, 60), (0, 130, 150), (130, 100, 20), (90, 80, 200), (200, 90, 150))
 MOST = 12
 """Categories in the plot of made-up objects."""
 
@@ -46,7 +47,8 @@ def intervals(results: Results, task: str, metric: dict[str, Any]) -> Image.Imag
     """One metric: a row for each method, its value and interval; a line where the baseline is."""
     found = results["tasks"][task]["groups"][ALL]["methods"]
     values = {label: _scaled(each[metric["name"]], metric) for label, each in found.items()}
-    title = f"{TITLES.get(task, task)}: {_title(metric)}"
+    better = f", {metric['better']} is better" if metric["better"] else ""
+    title = f"{TITLES.get(task, task)}: {_title(metric)}{better}"
     return _rows(title, [(label, 0, *value) for label, value in values.items()], list(values)[:1])
 
 
@@ -161,11 +163,11 @@ def _scaled(found: dict[str, Any], metric: dict[str, Any]) -> tuple[float, float
 
 
 def _title(metric: dict[str, Any]) -> str:
-    return f"{metric['title']} {'%' if metric['percent'] else ''} {ARROWS[metric['better']]}".replace("  ", " ").strip()
+    return f"{metric['title']}{' in %' if metric['percent'] else ''}"
 
 
 def _ink(number: int) -> tuple[int, int, int]:
-    return LINES[number % len(LINES)]
+    return INKS[number % len(INKS)]
 
 
 def _width(text: str) -> int:

@@ -69,7 +69,7 @@ def notes(results: Results, task: str) -> list[str]:
     ]
     for metric in found["metrics"]:
         sizes = [
-            f"{number(values[metric['name']]['difference']['resolvable'], metric['percent'])} ({label})"
+            f"{_resolvable(values[metric['name']]['difference'], metric['percent'])} ({label})"
             for label, values in everything["methods"].items()
             if "difference" in values[metric["name"]]
         ]
@@ -82,6 +82,11 @@ def notes(results: Results, task: str) -> list[str]:
         shares = [f"{count} of {results['verified']['samples'][task]} ({label})" for label, count in flips.items()]
         said.append(f"Other answers when asked alone and not in a batch: {', '.join(shares)}.")
     return said
+
+
+def _resolvable(change: Mapping[str, Any], percent: bool) -> str:
+    """A bootstrap over pictures that are all alike knows no spread."""
+    return number(change["resolvable"], percent) if change["resolvable"] else "unknown, as no picture differs"
 
 
 def groups(results: Results, task: str) -> tuple[Row, list[Row]]:

@@ -43,28 +43,28 @@ class ScenePicture:
 
 
 @cache
-def scenes() -> dict[str, Scene]:
-    """All scenes to choose from, by name."""
-    return {f"lonely-{number:04d}": lonely(number) for number in range(POOL)}
+def scenes(count: int = POOL) -> dict[str, Scene]:
+    """The first scenes to choose from, by name."""
+    return {f"lonely-{number:04d}": lonely(number) for number in range(count)}
 
 
-def describe() -> Describe:
+def describe(count: int = POOL) -> Describe:
     """Descriptions of all scenes; groups are numbers of objects."""
     samples = [
         Sample(name, name, ScenePicture(scene), text.DESCRIBE, scene.categories, (_size(scene),), _size(scene))
-        for name, scene in scenes().items()
+        for name, scene in scenes(count).items()
     ]
     return Describe(samples, MAX_NEW_TOKENS)
 
 
-def exists(seed: int = 0) -> Exists:
+def exists(seed: int = 0, count: int = POOL) -> Exists:
     """Of every scene one object that is there, and for each of POPE's splits one that is not.
 
     random: any; popular: one of the five most frequent (of all scenes); adversarial: the partner of the object that is
     there. The question with the answer yes belongs to all splits. ``seed`` chooses the objects.
     """
-    popular, samples = _by_frequency(list(scenes().values())), []
-    for name, scene in scenes().items():
+    popular, samples = _by_frequency(list(scenes(count).values())), []
+    for name, scene in scenes(count).items():
         rng = random.Random(f"{seed} {name}")
         present = rng.choice(scene.categories)
         samples.append(_question(f"{name}-yes", name, scene, present, pope.SPLITS))
