@@ -13,6 +13,7 @@ from .._version import __version__
 from ..attach import attach
 from ..chat import question_inputs
 from ..errors import SteeringError
+from ..hosts.vision import seen_once
 from ..lines import identity
 from .methods import Method, tensor_digest
 from .samples import Sample
@@ -96,7 +97,7 @@ class Answerer:
         pictures, questions = [sample.picture.open() for sample in samples], [sample.prompt for sample in samples]
         inputs = question_inputs(self.processor, pictures, questions).to(self.model.device, self.model.dtype)
         rows = {name: _repeated(value, len(methods)) for name, value in inputs.items()}
-        with self._steered(methods):
+        with self._steered(methods), seen_once(self.model, len(methods)):
             out = self.model.generate(**rows, max_new_tokens=limit, do_sample=False, num_beams=1)
         new = out[:, rows["input_ids"].shape[1] :].tolist()
         ends = _ends(self.model.generation_config)

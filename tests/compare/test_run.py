@@ -1,4 +1,4 @@
-"""Comparisons that are interrupted, fail or run out of memory: nothing is lost, counted twice, or taken for an answer."""
+"""Comparisons that are interrupted, fail or run out of memory: nothing is lost, counted twice or made up."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import attnsteer
 from attnsteer.compare import Answerer, Method, with_controls
 from attnsteer.errors import SteeringError
 from attnsteer.processors import VHR
+
 from .common import METHODS, ROOT, TOKENS, answerer, comparison, environment, finished, outputs, tasks, tiny
 
 SCRIPT = """
@@ -115,7 +116,7 @@ def test_a_method_that_comes_later_is_asked_alone(tmp_path: Path) -> None:
 
 
 def test_methods_that_cannot_share_a_batch_take_turns(tmp_path: Path) -> None:
-    """Methods that are attached together share one image-free lane, so two ways to remove the image need two batches."""
+    """What is attached together shares one image-free lane, so two ways to remove the image need two batches."""
     other = with_controls([Method("delete", (VHR(),)), Method("mask", (VHR(removal="mask"),))], [])
     by = Counting()
     found = finished(tmp_path, other, by=by)
@@ -267,5 +268,3 @@ def test_out_of_memory_with_one_row_is_an_error(tmp_path: Path) -> None:
     found = finished(tmp_path, by=Counting(fail))
     assert found.there(found.tasks[0]) == (0, 18)
     assert set(found.errors().values()) == {"OutOfMemoryError: not even one"}
-
-
