@@ -54,7 +54,14 @@ def test_the_tower_is_as_it_was_after_an_error() -> None:
     model, _ = vlms.build("llava")
     tower = model.get_encoder(modality="image")
     before = dict(tower.__dict__)
-    with pytest.raises(ValueError, match="no"), seen_once(model, 2):
-        assert tower.__dict__ != before
-        raise ValueError("no")
+    inside = {}
+
+    def fail() -> None:
+        with seen_once(model, 2):
+            inside.update(tower.__dict__)
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        fail()
+    assert inside != before
     assert tower.__dict__ == before
