@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -75,6 +75,7 @@ class Astray(Processor):
 
 
 HEADS = ("random", "all", "rest")
+_OWN = ("where", "where_for", "plan", "react", "to_dict", "save_pretrained", "from_pretrained")
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ class Elsewhere(Processor):
 
     ``heads``: ``"random"`` deals the strengths of each layer to its heads in a random order, the same in every call;
     ``"all"`` gives every head the mean strength of the chosen ones; ``"rest"`` gives it to the heads that were not
-    chosen, and nothing to those that were. A row in which nothing was chosen stays plain.
+    chosen, and nothing to those that were. A row in which nothing was chosen stays plain, and a method that treats all
+    heads alike is its own control.
 
     Args:
         method: a processor whose edits have a strength for each head.
@@ -100,30 +102,22 @@ class Elsewhere(Processor):
 
     def __post_init__(self) -> None:
         check_choice(self, "heads", HEADS)
-        if self.method is None or self.method.nursing() is not None:
+        if self.method is None or not edits_heads(self.method):
             name = type(self.method).__name__
             raise SteeringError(f"Elsewhere(method=...) needs a method that edits heads; {name} does not.")
         if self.where != Where():
             raise SteeringError("Elsewhere acts in the layers of its method: give the method a where, and it none.")
-        for name in ("kinds", "lanes", "reads_only", "reads_rows", "needs"):
-            object.__setattr__(self, name, getattr(self.method, name))
+
+    def __getattribute__(self, name: str) -> Any:
+        """Whatever the engine asks a processor is asked of the method, except for what is defined below."""
+        if name in _OWN or name.startswith("_") or not hasattr(Processor, name):
+            return object.__getattribute__(self, name)
+        return getattr(self.method, name)
 
     @property
     def _inner(self) -> Processor:
         assert self.method is not None
         return self.method
-
-    @property
-    def inert(self) -> bool:
-        return self._inner.inert
-
-    @property
-    def token_agnostic(self) -> bool:
-        return self._inner.token_agnostic
-
-    @property
-    def removal(self) -> str:
-        return self._inner.removal
 
     def where_for(self, sites: Sequence[Site]) -> Where:
         where = self._inner.where_for(sites)
@@ -133,12 +127,6 @@ class Elsewhere(Processor):
                 "give it all heads, or draw its where with random_heads(where, sites)."
             )
         return where
-
-    def refusals(self, site: Site) -> list[str]:
-        return self._inner.refusals(site)
-
-    def guidance(self, timestep: float) -> float:
-        return self._inner.guidance(timestep)
 
     def plan(self, site: Site, heads: tuple[int, ...]) -> Edit | None:
         edit = self._inner.plan(site, heads)
@@ -167,6 +155,13 @@ class Elsewhere(Processor):
             order = np.random.default_rng((self.seed, site.index)).permutation(site.heads)
             return strength[:, torch.as_tensor(order, device=strength.device)]
         return spread(strength, neutral, rest=self.heads == "rest")
+
+
+def edits_heads(method: Processor) -> bool:
+    """Whether a method edits attention, so that it has heads; latent updates and contrasts of predictions do not."""
+    kind = type(method)
+    asked = kind.plan is not Processor.plan or kind.react is not Processor.react
+    return asked and not method.reads_only and method.nursing() is None
 
 
 def spread(strength: Tensor, neutral: float, rest: bool) -> Tensor:

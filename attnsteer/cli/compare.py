@@ -54,7 +54,7 @@ def add(subparsers: Any) -> None:
     add("--model", default=WORLD, metavar="MODEL", help=f"folder, hub id or an embedded model (default: {WORLD})")
     form = "baseline, NAME:param=value,param=value, several joined with +, and LABEL= before it to name it (repeatable)"
     add("--method", "--processor", action="append", default=[], metavar="METHOD", help=form)
-    control = "random-heads, all-heads, rest-heads: arms of the same strength for each method, separated by commas"
+    control = "random-heads, all-heads, rest-heads: arms of the same strength on other heads, separated by commas"
     add("--controls", type=_listed, default=[], metavar="NAMES", help=control)
     add("--tasks", type=_tasks, default=list(TASKS), metavar="TASKS", help=f"of {','.join(TASKS)} (default: all)")
     add("--limit", type=positive, help=f"pictures of each task (default: all; {LIMIT} of the small world)")

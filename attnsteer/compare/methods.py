@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
-from ..controls import HEADS, Elsewhere
+from ..controls import HEADS, Elsewhere, edits_heads
 from ..errors import SteeringError
 from ..lines import identity
 from ..plain import encode
@@ -59,12 +59,15 @@ def tensor_digest(tensor: Any) -> str:
     import torch
 
     content = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8)
-    about = f"{tensor.dtype} {tuple(tensor.shape)} "
-    return hashlib.sha256(about.encode() + memoryview(content.numpy())).hexdigest()[:16]
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    digest.update(memoryview(content.numpy()))
+    return digest.hexdigest()[:16]
 
 
 def control(method: Method, name: str, seed: int = 0) -> Method:
     """The same edits on other heads than the method chose: a disturbance of the same strength without its idea.
+
+    Of several processors those that edit heads are moved, and the others stay as they are.
 
     Args:
         name: ``random-heads``, ``all-heads`` or ``rest-heads``.
@@ -75,12 +78,28 @@ def control(method: Method, name: str, seed: int = 0) -> Method:
     """
     if name not in CONTROLS:
         raise SteeringError(f"There is no control {name!r}; there are {', '.join(CONTROLS)}.")
-    moved = tuple(Elsewhere(method=each, heads=CONTROLS[name], seed=seed) for each in method.processors)
+    if not has_heads(method):
+        raise SteeringError(f"{method.label!r} edits no heads, so that it has no control on others.")
+    moved = tuple(
+        Elsewhere(method=each, heads=CONTROLS[name], seed=seed) if edits_heads(each) else each
+        for each in method.processors
+    )
     return Method(f"{method.label}, {name}", moved, method.label)
 
 
+def has_heads(method: Method) -> bool:
+    """Whether a control can move what the method does to other heads."""
+    return any(edits_heads(processor) for processor in method.processors)
+
+
 def with_controls(methods: Sequence[Method], names: Sequence[str], seed: int = 0) -> list[Method]:
-    """Every method, the plain model first, and behind each its controls."""
+    """Every method, the plain model first, and behind each that edits heads its controls.
+
+    Raises:
+        SteeringError: two methods of one name or doing the same, or a control that no method has.
+    """
+    if names and not any(map(has_heads, methods)):
+        raise SteeringError(f"None of the methods edits heads, so that {names[0]} has nothing to move.")
     ordered = [Method(BASELINE), *(method for method in methods if method.processors)]
     twice = [m.label for i, m in enumerate(ordered) if m.label in {other.label for other in ordered[:i]}]
     if twice:
@@ -88,7 +107,7 @@ def with_controls(methods: Sequence[Method], names: Sequence[str], seed: int = 0
     found = []
     for method in ordered:
         found.append(method)
-        found += [control(method, name, seed) for name in names if method.processors]
+        found += [control(method, name, seed) for name in names if has_heads(method)]
     same: dict[str, str] = {}
     for method in found:
         if method.digest in same:

@@ -14,7 +14,7 @@ from attnsteer.compare.methods import plain
 from attnsteer.controls import Elsewhere
 from attnsteer.errors import SteeringError
 from attnsteer.processor import Processor
-from attnsteer.processors import PAG, SEG, VHR
+from attnsteer.processors import PAG, SEG, VHR, AttendAndExcite
 
 
 @dataclass(frozen=True)
@@ -95,5 +95,7 @@ def test_methods_that_cannot_be_told_apart_are_refused() -> None:
         with_controls([Method("v", (VHR(),)), Method("v", (VHR(alpha=3.0),))], [])
     with pytest.raises(SteeringError, match="'w' and 'v' are the same method"):
         with_controls([Method("v", (VHR(),)), Method("w", (VHR(alpha=2.0),))], [])
+    with pytest.raises(SteeringError, match="None of the methods edits heads"):
+        with_controls([Method("a", (AttendAndExcite(subjects=("dog",)),))], ["all-heads"])
     with pytest.raises(SteeringError, match="There is no control 'x'"):
         with_controls([Method("v", (VHR(),))], ["x"])
