@@ -18,7 +18,6 @@ paired comparisons need nothing else. chair_s of 500 captions is known to about 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -138,8 +137,3 @@ def totals(records: Sequence[Caption]) -> dict[str, int]:
         "gt_objects": sum(r.there for r in records),
         "distinct_generated": sum(r.named for r in records),
     }
-
-
-def made_up(records: Sequence[Caption]) -> dict[str, int]:
-    """How often each category was made up, most often first."""
-    return dict(Counter(name for r in records for name in r.made_up).most_common())

@@ -12,6 +12,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import random
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -34,6 +35,18 @@ def image_id(value: Any) -> str:
     stem = re.sub(r"\.(jpe?g|png|webp|bmp|gif)$", "", text, flags=re.IGNORECASE)
     last = stem.rsplit("_", 1)[-1]
     return str(int(last)) if last.isascii() and last.isdigit() else stem
+
+
+def drawn(images: Iterable[Any], count: int, seed: int = 0) -> list[str]:
+    """Images to describe: the same for the same seed, whatever order a folder lists them in.
+
+    Raises:
+        SteeringError: there are not so many.
+    """
+    known = sorted({image_id(image) for image in images}, key=lambda image: (len(image), image))
+    if not 0 < count <= len(known):
+        raise SteeringError(f"{count} images were asked for, and there are {len(known)}.")
+    return random.Random(seed).sample(known, count)
 
 
 def annotated(instances: Mapping[str, Any], vocabulary: Vocabulary | None = None) -> dict[str, list[str]]:

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from ..errors import SteeringError
 from . import synonyms
 
 WORD = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*|'[a-z]*|\S")
@@ -78,12 +79,12 @@ class Vocabulary:
         """A table of the format of CHAIR's authors, with exactly ``DOUBLES``, so that counts are theirs.
 
         Raises:
-            ValueError: the file names nothing.
+            SteeringError: the file names nothing.
             OSError: it cannot be read.
         """
         entries = synonyms.parse(Path(path).read_text(encoding="utf-8").splitlines())
         if not entries:
-            raise ValueError(f"{path} holds no synonyms: wanted are lines such as: car, automobile, van")
+            raise SteeringError(f"{path} holds no synonyms: wanted are lines such as: car, automobile, van")
         return cls(entries, name=Path(path).name)
 
     @cached_property
