@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..chat import question_inputs
 from ..errors import SteeringError
 from . import models, several
 from .options import EMBEDDED, add_model, add_processors, command, described, finite, parameter, positive
@@ -202,19 +203,7 @@ def answer(model: Any, processor: Any, picture: Any, question: str, wanted: list
     """The greedy answer to a question about a picture."""
     from ..attach import steer
 
-    inputs = question_inputs(processor, [picture], question).to(model.device, model.dtype)
+    inputs = question_inputs(processor, [picture], [question]).to(model.device, model.dtype)
     with models.running(model), steer(model, *wanted, processor=processor) if wanted else nullcontext():
         tokens = model.generate(**inputs, max_new_tokens=limit, do_sample=False)
     return processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
-
-
-def question_inputs(processor: Any, pictures: list[Any], question: str) -> Any:
-    """The chat prompts of one question about each picture, as tensors."""
-    if getattr(processor, "chat_template", None):
-        text = {"type": "text", "text": question}
-        chats = [[{"role": "user", "content": [{"type": "image", "image": p}, text]}] for p in pictures]
-        return processor.apply_chat_template(
-            chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
-        )
-    prompt = f"USER: {getattr(processor, 'image_token', '<image>')}\n{question} ASSISTANT:"
-    return processor(text=[prompt] * len(pictures), images=pictures, return_tensors="pt", padding=True)
