@@ -12,8 +12,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from ..questions import question_inputs
 from . import models
-from .generate import call_defaults, question_inputs
+from .generate import call_defaults
 from .options import command, positive
 
 BATCH = 16

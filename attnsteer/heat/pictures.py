@@ -57,14 +57,14 @@ def overlay(heat: np.ndarray, picture: Image.Image | None, size: tuple[int, int]
     colours = palette()[(255 * wide).round().astype(int)].astype(float)
     if picture is not None:
         grey = np.asarray(picture.convert("L").resize(size, Image.Resampling.LANCZOS), float)[..., None]
-        alpha = 0.35 + 0.5 * wide[..., None]
+        alpha = 0.2 + 0.65 * wide[..., None]
         colours = (1 - alpha) * grey + alpha * colours
     return Image.fromarray(colours.round().astype(np.uint8))
 
 
 def mark(panel: Image.Image, cells: np.ndarray) -> Image.Image:
     """Crosses over the cells of a bool map ``(h, w)``."""
-    panel, draw = panel.copy(), None
+    panel = panel.copy()
     draw = ImageDraw.Draw(panel)
     across, down = panel.width / cells.shape[1], panel.height / cells.shape[0]
     for row, column in zip(*cells.nonzero(), strict=True):
@@ -74,19 +74,24 @@ def mark(panel: Image.Image, cells: np.ndarray) -> Image.Image:
     return panel
 
 
-def sheet(rows: Sequence[Sequence[Panel]], head: str, columns: int = 8) -> Image.Image:
-    """Panels of one size in rows, longer rows broken after ``columns``; a headline above, the colours below."""
-    broken = [row[start : start + columns] for row in rows for start in range(0, len(row), columns)]
+def sheet(rows: Sequence[Sequence[Panel]], head: str, columns: int) -> Image.Image:
+    """Panels of one size in rows, a headline above, the colours below. Rows longer than ``columns`` are broken into
+    even parts."""
+    parts = [-(-len(row) // -(-len(row) // columns)) for row in rows]
+    broken = [
+        row[start : start + part] for row, part in zip(rows, parts, strict=True) for start in range(0, len(row), part)
+    ]
     width, height = broken[0][0].image.size
     lines = [2 if any(panel.note for panel in row) else 1 for row in broken]
     total = max(320, GAP + max(map(len, broken)) * (width + GAP))
     titles = _wrapped(head, total - 2 * GAP)
-    size = (total, 2 * GAP + LINE * len(titles) + sum(LINE * n + height + GAP for n in lines) + BAR + LINE + GAP)
+    size = (total, 3 * GAP + LINE * len(titles) + sum(LINE * n + height + GAP for n in lines) + BAR + LINE + GAP)
     canvas = Image.new("RGB", size, PAPER)
     draw, y = ImageDraw.Draw(canvas), GAP
     for title in titles:
         draw.text((GAP, y), title, INK, _font(13))
         y += LINE
+    y += GAP
     for row, count in zip(broken, lines, strict=True):
         for number, panel in enumerate(row):
             x = GAP + number * (width + GAP)

@@ -87,7 +87,7 @@ class HeatMaps:
         return [((at % width + 0.5) / width, (at // width + 0.5) / height) for at in best]
 
     # ---- pictures ----------------------------------------------------------------------------------------------------
-    def overlay(self, columns: int = 8, side: int | None = None) -> Image:
+    def overlay(self, columns: int = 10, side: int | None = None) -> Image:
         """A sheet: the picture, then every map over it, each in the colours from 0 to its own maximum, which its second
         line gives. A row for each word and, of several kept axes, for each number of all but the last.
 
@@ -131,8 +131,11 @@ class HeatMaps:
         image = overlay(heat.numpy(), self.picture, self._size(side))
         if self.sinks is not None:
             image = mark(image, self.sinks.numpy())
-        most = heat.nan_to_num().max().item()
-        return Panel(image, title, "not read" if bool(heat.isnan().all()) else f"max {most:.3g}")
+        return Panel(image, title, "not read" if bool(heat.isnan().all()) else self.note(heat))
+
+    def note(self, heat: Tensor) -> str:
+        """What is said about a map ``(h, w)`` on the sheet."""
+        return f"max {heat.max().item():.3g}"
 
     # ---- files -------------------------------------------------------------------------------------------------------
     def save(self, path: str | Path) -> Path:
