@@ -115,7 +115,14 @@ def _painted(given: argparse.Namespace, pipe: Any) -> HeatMaps:
     generator = torch.Generator().manual_seed(given.seed)
     steering, where = _steering(given), _where(given)
     found = heat_maps(
-        pipe, given.prompt or PROMPT, words, per=given.per, where=where, processors=steering, generator=generator, **call
+        pipe,
+        given.prompt or PROMPT,
+        words,
+        per=given.per,
+        where=where,
+        processors=steering,
+        generator=generator,
+        **call,
     )
     if not isinstance(found, HeatMaps):
         raise SteeringError(f"maps shows one picture; --call makes {len(found)}.")

@@ -103,7 +103,9 @@ class _Reading:
         factor: see ``answer_maps``.
     """
 
-    def __init__(self, ranks: Tensor, images: int, after: int, selection: Selection, axes: Sequence[Axis], factor: int):
+    def __init__(
+        self, ranks: Tensor, images: int, after: int, selection: Selection, axes: Sequence[Axis], factor: float
+    ):
         self.ranks, self.images, self.after = ranks, images, after
         self.selection, self.factor = selection, factor
         self.means = Means(("step", *axes))
@@ -113,7 +115,10 @@ class _Reading:
         self._rows: Tensor | None = None
 
     def read(self, call: AttentionCall) -> None:
-        """The rows after the image in prefill, the one new row in decode."""
+        """The rows after the image in prefill, the one new row in decode; nothing of a pass that compares with the
+        prompt without its image."""
+        if "image_free" in call.lanes:
+            return
         mask = call.spans.image if call.spans else None
         new = call.q.shape[2]
         if not isinstance(mask, Tensor) or call.q.shape[0] != 1 or (call.phase == "decode" and new != 1):
@@ -171,7 +176,7 @@ def answer_maps(
     per: Per = "average",
     where: Where | None = None,
     sinks: Sinks = "keep",
-    sink_factor: int = 10,
+    sink_factor: float = 10.0,
     against: str | None = None,
     view: View = "finest",
     processors: Sequence[Processor] = (),
@@ -269,7 +274,7 @@ class _Run:
         where: Where,
         view: View,
         steering: Sequence[Processor],
-        factor: int,
+        factor: float,
     ):
         self.model, self.processor, self.picture, self.axes = model, processor, picture, axes
         self.where, self.view, self.steering, self.factor = where, view, steering, factor

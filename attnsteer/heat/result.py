@@ -18,6 +18,8 @@ from .means import AXES
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from .pictures import Panel
+
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 SIDES = {24: 160, 96: 112}
 """Up to so many panels, the longer side of each in pixels; 72 beyond."""
@@ -102,7 +104,7 @@ class HeatMaps:
         original = [Panel(self._resized(side), "picture", " ")] if self.picture else []
         names = list(self.numbers)
         if not names:
-            rows = [[*original, *(self._panel((i,), word, side) for i, word in enumerate(self.words))]]
+            rows = [[*original, *(self._panel((i,), word.strip(), side) for i, word in enumerate(self.words))]]
             return sheet(rows, self.text, columns)
         rows = []
         for i, *outer in product(*(range(n) for n in self.maps.shape[: len(names)])):
@@ -124,7 +126,7 @@ class HeatMaps:
         assert self.picture is not None
         return self.picture.convert("RGB").resize(self._size(side), Pillow.Resampling.LANCZOS)
 
-    def _panel(self, place: tuple[int, ...], title: str, side: int):  # type: ignore[no-untyped-def]
+    def _panel(self, place: tuple[int, ...], title: str, side: int) -> Panel:
         from .pictures import Panel, mark, overlay
 
         heat = self.maps[place].float()
@@ -139,8 +141,8 @@ class HeatMaps:
 
     # ---- files -------------------------------------------------------------------------------------------------------
     def save(self, path: str | Path) -> Path:
-        """Write the sheet (.png, .jpg, .webp) or the arrays (.safetensors: ``maps``, ``picture`` ``(H, W, 3)`` uint8 and
-        ``sinks``, with ``words``, ``axes``, ``numbers`` and ``text`` as JSON in the metadata).
+        """Write the sheet (.png, .jpg, .webp) or the arrays (.safetensors): ``maps``, ``picture`` ``(H, W, 3)`` uint8
+        and ``sinks``, with ``words``, ``axes``, ``numbers`` and ``text`` as JSON in the metadata.
 
         Raises:
             SteeringError: another ending.

@@ -28,8 +28,8 @@ from ..lanes import cfg_lanes
 from ..processor import Processor
 from ..site import AttentionCall, Kind
 from ..where import Selection, Where
-from .result import HeatMaps
 from .means import Axis, Means, Per, kept_axes
+from .result import HeatMaps
 
 KINDS: tuple[Kind, ...] = ("cross", "joint")
 OWNED = {"output_type": "the picture is needed as it is", "return_dict": "the picture is needed"}
@@ -96,7 +96,7 @@ class _Reading:
         m)``."""
         assert call.spans is not None and isinstance(call.spans.text, slice)
         keys = len(range(*call.spans.text.indices(call.k.shape[2])))
-        spelled = []
+        spelled: list[list[list[int]]] = []
         for row in range(samples):
             words = self.words[row * len(self.words) // samples]
             groups = tuple((word,) for word in words)
@@ -105,9 +105,9 @@ class _Reading:
         width = max(sum(map(len, row)) for row in spelled)
         columns = torch.zeros(samples, width, dtype=torch.long)
         weights = torch.zeros(samples, max(map(len, spelled)), width)
-        for s, row in enumerate(spelled):
+        for s, each in enumerate(spelled):
             start = 0
-            for w, tokens in enumerate(row):
+            for w, tokens in enumerate(each):
                 columns[s, start : start + len(tokens)] = torch.tensor(tokens)
                 weights[s, w, start : start + len(tokens)] = 1 / len(tokens)
                 start += len(tokens)
