@@ -10,8 +10,7 @@ from q, k and the log-sum-exp beside the fused kernel while ``generate`` runs as
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -226,11 +225,11 @@ def answer_maps(
     run = _Run(model, hf_processor, image, axes, chosen, view, tuple(processors), sink_factor)
     reading, ids = run(given, {"max_new_tokens": max_new_tokens, "do_sample": False, **generate})
     maps, numbers = reading.means.result(run.heads)
-    maps = maps.movedim(-5, 0)[: len(ids)]  # (tokens, layers, heads, h, w)
+    maps = maps[: len(ids)]  # (tokens, layers, heads, h, w)
     if against is not None:
         other = question_inputs(hf_processor, [image], against).to(model.device, model.dtype)
         plain, _ = run(other, {"max_new_tokens": 1, "do_sample": False})
-        general = plain.means.result(run.heads)[0].movedim(-5, 0)[:1]
+        general = plain.means.result(run.heads)[0][:1]
         maps = maps / general.clamp_min(torch.finfo(maps.dtype).tiny)
     found = None if sinks == "keep" else reading.sinks()
     if found is not None and sinks == "drop":
@@ -262,23 +261,21 @@ def _result(
     )
 
 
+@dataclass(eq=False)
 class _Run:
-    """Prompts of one model, each generated from with a reader attached."""
+    """Prompts about one picture, each generated from with a reader attached."""
 
-    def __init__(
-        self,
-        model: Any,
-        processor: Any,
-        picture: Image | None,
-        axes: Sequence[Axis],
-        where: Where,
-        view: View,
-        steering: Sequence[Processor],
-        factor: float,
-    ):
-        self.model, self.processor, self.picture, self.axes = model, processor, picture, axes
-        self.where, self.view, self.steering, self.factor = where, view, steering, factor
-        self.selection = where.select(sites(model), ("causal",))
+    model: Any
+    processor: Any
+    picture: Image | None
+    axes: Sequence[Axis]
+    where: Where
+    view: View
+    steering: Sequence[Processor]
+    factor: float
+
+    def __post_init__(self) -> None:
+        self.selection = self.where.select(sites(self.model), ("causal",))
         self.heads = {site.layer: heads for site, heads in self.selection.items()}
 
     @property
@@ -301,7 +298,8 @@ class _Run:
         after = len(image) - 1 - int(image.nonzero()[-1])
         reading = _Reading(ranks, int(image.sum()), max(after, 1), self.selection, self.axes, self.factor)
         reader = _AnswerReader(self.where, reading)
-        with attach(self.model, *self.steering, reader, processor=self.processor), _eager():
+        steering = attach(self.model, *self.steering, reader, processor=self.processor)
+        with steering, torch.compiler.set_stance("force_eager"):
             out = self.model.generate(**given, **options)
         out = out if isinstance(out, Tensor) else out.sequences
         reading.finish()
@@ -311,13 +309,6 @@ class _Run:
         while len(ids) > 1 and int(ids[-1]) in ends:
             ids = ids[:-1]
         return reading, ids
-
-
-@contextmanager
-def _eager() -> Iterator[None]:
-    """Inside, what ``torch.compile`` made runs as plain Python: a graph cannot be read from."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 def _spelled(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:

@@ -54,7 +54,10 @@ class Means:
         maps = maps if "head" in self.axes else maps.mean(-3, keepdim=True)
         sums = self._sums.setdefault(key, {})
         total, count = sums.get((maps.shape[-2], maps.shape[-1]), (None, 0))
-        sums[maps.shape[-2], maps.shape[-1]] = (maps if total is None else total + maps, count + 1)
+        sums[maps.shape[-2], maps.shape[-1]] = (
+            maps if total is None else total + maps.to(total.device),  # layers may be on several devices
+            count + 1,
+        )
 
     def result(self, heads: Mapping[int, Sequence[int]]) -> tuple[Tensor, dict[str, tuple[int, ...]]]:
         """The means ``(..., steps, layers, heads, h, w)`` on the CPU, with 1 for an axis that is not kept, and which
@@ -80,7 +83,8 @@ class Means:
 
     def _mean(self, key: Key, size: tuple[int, int]) -> Tensor:
         sums = self._sums[key].values()
-        return sum(resized(total, size) for total, _ in sums).cpu() / sum(count for _, count in sums)  # type: ignore
+        total = torch.stack([resized(total.cpu(), size) for total, _ in sums]).sum(0)
+        return total / sum(count for _, count in sums)
 
 
 def _placed(maps: Tensor, own: Sequence[int], numbers: Sequence[int]) -> Tensor:

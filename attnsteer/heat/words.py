@@ -82,7 +82,7 @@ class _Reading:
         call = _rows(call, cfg_lanes(call.q.shape[0], samples, self.family.cfg)["cond"].rows)
         if self._columns is None:
             self._columns = self._find(call, samples)
-        columns, weights = self._columns
+        columns, weights = (x.to(call.q.device) for x in self._columns)
         with torch.no_grad():
             found = token_columns(chosen_heads(call, self.selection[call.site]), columns)
             maps = torch.einsum("shnm,swm->swhn", found, weights.to(found.dtype))
@@ -111,7 +111,7 @@ class _Reading:
                 columns[s, start : start + len(tokens)] = torch.tensor(tokens)
                 weights[s, w, start : start + len(tokens)] = 1 / len(tokens)
                 start += len(tokens)
-        return columns.to(call.q.device), weights.to(call.q.device)
+        return columns, weights
 
 
 def heat_maps(
