@@ -143,9 +143,9 @@ def main() -> None:
             results.append(row)
             print(f"{what:36} layers {row['layers']:8} {row['hits']:3} of {row['words']} hit, {row['wrong']} wrong, "
                   f"{row['heat']:.2f} of the heat on {row['area']:.2f} of the picture", flush=True)  # fmt: skip
-    if given.log:
-        given.log.parent.mkdir(parents=True, exist_ok=True)
-        given.log.write_text(json.dumps({**environment("cpu"), "results": results}, indent=1) + "\n")
+        if given.log:
+            given.log.parent.mkdir(parents=True, exist_ok=True)
+            given.log.write_text(json.dumps({**environment("cpu"), "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
