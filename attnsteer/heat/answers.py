@@ -190,8 +190,8 @@ def answer_maps(
         image, question: put into the model's chat template.
         inputs: instead of ``question``: what ``generate`` takes, one prompt with one picture; ``image`` is then drawn.
         per: what is kept apart: ``"average"`` nothing, ``"layer"``, or ``"head"`` (each head of each layer).
-        where: layers and heads that are read (default: the second half of the layers, where answers are decided; on
-            the embedded model these point at the object that is named more often than all layers do).
+        where: layers and heads that are read (default: the second half of the layers; methods that read such maps,
+            like CARVE and ViCrop, choose theirs there or near its start).
         sinks: image tokens that most rows look at, whatever they say: ``"keep"`` them, ``"mark"`` them with crosses, or
             ``"drop"`` them (their maps are 0). A token is a sink where its mass, averaged over the heads of a layer, is
             more than ``sink_factor`` times the mean over the picture in more than half of all rows: those of the prompt
