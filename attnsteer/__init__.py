@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .edits import ClassMask, Edit, KeyBias, Mix, RowKeys, Scale, Segments
     from .errors import NotReachedError, SteeringError, WhereError
     from .explain import Explanation, explain
+    from .heat import AnswerMaps, HeatMaps, answer_maps, heat_maps
     from .lanes import Lane
     from .processor import Processor
     from .site import AttentionCall, Site, Spans
@@ -28,11 +29,13 @@ if TYPE_CHECKING:
     from .where import Where
 
 __all__ = [
+    "AnswerMaps",
     "AttentionCall",
     "Capture",
     "ClassMask",
     "Edit",
     "Explanation",
+    "HeatMaps",
     "KeyBias",
     "Lane",
     "Mix",
@@ -49,21 +52,25 @@ __all__ = [
     "Where",
     "WhereError",
     "__version__",
+    "answer_maps",
     "attach",
     "attend",
     "detach",
     "explain",
+    "heat_maps",
     "run_variants",
     "sites",
     "steer",
 ]
 
 _MODULE_OF = {
+    "AnswerMaps": "heat",
     "AttentionCall": "site",
     "Capture": "capture",
     "ClassMask": "edits",
     "Edit": "edits",
     "Explanation": "explain",
+    "HeatMaps": "heat",
     "KeyBias": "edits",
     "Lane": "lanes",
     "Mix": "edits",
@@ -79,10 +86,12 @@ _MODULE_OF = {
     "Variant": "variants",
     "Where": "where",
     "WhereError": "errors",
+    "answer_maps": "heat",
     "attach": "attach",
     "attend": "attend",
     "detach": "attach",
     "explain": "explain",
+    "heat_maps": "heat",
     "run_variants": "variants",
     "sites": "attach",
     "steer": "attach",

@@ -132,11 +132,7 @@ def paint(given: argparse.Namespace, pipe: Any, tried: Sequence[Variant], call: 
 
     from ..attach import steer
 
-    accepted = inspect.signature(type(pipe).__call__).parameters
-    call = call_defaults(given.model, pipe, given.guidance_scale) | call
-    unknown = sorted(set(call) - set(accepted))
-    if unknown:
-        raise SteeringError(f"{type(pipe).__name__} takes no {unknown[0]!r}; it takes {', '.join(list(accepted)[1:])}.")
+    call = checked_call(given, pipe, call)
     pipe.set_progress_bar_config(disable=given.json or not sys.stderr.isatty())
     out = out_file(given)
     if given.variants or given.num_seeds > 1 or len(given.prompt) > 1:
@@ -145,6 +141,20 @@ def paint(given: argparse.Namespace, pipe: Any, tried: Sequence[Variant], call: 
     with models.running(pipe), steer(pipe, *wanted) if wanted else nullcontext():
         output = pipe(prompt=given.prompt[0], generator=torch.Generator().manual_seed(given.seed), **call)
     return {"files": [str(several.save((output.images if hasattr(output, "images") else output.frames)[0], out))]}
+
+
+def checked_call(given: argparse.Namespace, pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a pipeline call with what suits the model.
+
+    Raises:
+        SteeringError: one that the pipeline does not take; says which it takes.
+    """
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    call = call_defaults(given.model, pipe, given.guidance_scale) | call
+    unknown = sorted(set(call) - set(accepted))
+    if unknown:
+        raise SteeringError(f"{type(pipe).__name__} takes no {unknown[0]!r}; it takes {', '.join(list(accepted)[1:])}.")
+    return call
 
 
 def pipeline_arguments(given: argparse.Namespace) -> dict[str, Any]:
