@@ -127,6 +127,18 @@ def covered_area(hf_processor: Any, size: tuple[int, int]) -> Area:
     return left, top, left + seen_width, top + seen_height
 
 
+def picture_side(model: torch.nn.Module) -> int:
+    """Side in pixels of the pictures that a model was trained with; 224 for Qwen-VL, which takes any."""
+    config: Any = core(model).config
+    return 224 if config.model_type in QWEN else _pair(config.vision_config.image_size)[0]
+
+
+def patch_side(model: torch.nn.Module) -> int:
+    """Side in pixels of a patch of the vision tower."""
+    config: Any = core(model).config
+    return _pair(config.vision_config.patch_size)[0]
+
+
 def _resized(processor: Any, size: tuple[int, int]) -> tuple[float, float]:
     """Width and height before the centre is cropped."""
     wanted = getattr(processor, "size", None) or {}
