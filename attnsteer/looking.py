@@ -135,7 +135,7 @@ def look_with_general(
     kept = {} if memory is None else memory.of(model)
     setting = (general, where, max_new_tokens, template)
     keys = [(*_content(picture), *map(repr, setting)) for picture in pictures]
-    first = {key: picture for key, picture in reversed(list(zip(keys, pictures, strict=True)))}
+    first = dict(zip(keys, pictures, strict=True))  # one object of each content, so that it is encoded once
     missing = [key for key in dict.fromkeys(keys) if key not in kept]
     seen = [(first[key],) for key in (*keys, *missing)]
     asked = batch(model, hf_processor, seen, [*questions, *[general] * len(missing)], template)

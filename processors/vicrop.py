@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attnsteer.attach import sites
+from attnsteer.errors import SteeringError
 from attnsteer.hosts.answer_gradient import last_row_gradients, pixel_gradients
 from attnsteer.hosts.asking import batch, greedy, words
 from attnsteer.hosts.vlm_grids import covered_area, image_grids, patch_side, picture_side
@@ -48,7 +49,7 @@ class ViCrop(Processor):
     ``ViCrop().answer(model, hf_processor, picture, question).answer``; it is not attached.
 
     Args:
-        where: heads, for rel-att and grad-att; its layers only where ``layer`` is None. Default: all heads.
+        where: which heads the two attention maps average; layers are chosen by ``layer``.
         map: ``"rel-att"``, ``"grad-att"`` or ``"pure-grad"``.
         layer: decoder layer from 0 of the two attention maps. None takes the paper's: 14 of 32 layers, 22 of 36; in
             other depths 0.45 of it (ours).
@@ -83,6 +84,10 @@ class ViCrop(Processor):
         check_choice(self, "final_images", ("both", "refined"))
         check_number(self, "max_new_tokens", 1)
         check_number(self, "median", 1)
+        if self.where.layers != "all" or self.where.steps != "all":
+            raise SteeringError("ViCrop reads one layer of the first pass: give layer=, and in where= heads alone.")
+        if self.median % 2 == 0:
+            raise SteeringError(f"ViCrop(median={self.median}) has no middle: give an odd number.")
 
     def answer(
         self,
