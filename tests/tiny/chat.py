@@ -104,4 +104,5 @@ class Chat:
         if self.name == "internvl":
             tiles = given["num_patches"][number]
             return [8, *[vlms.IMAGE] * (9 * int(tiles)), 9]
-        return [vlms.IMAGE] * lengths[number]
+        body = [vlms.IMAGE] * lengths[number]
+        return [vlms.VISION_START, *body, vlms.VISION_END] if self.name.startswith("qwen") else body
