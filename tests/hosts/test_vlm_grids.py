@@ -12,7 +12,7 @@ from torch import nn
 
 from attnsteer import SteeringError
 from attnsteer.hosts.vlm_grids import covered_area, image_grids
-from tests.tiny import tokenizers, vlms
+from tests.tiny import vlms
 from tests.tiny.chat import Chat, features, image_processor, pixels
 
 
@@ -142,4 +142,5 @@ def test_the_area_that_is_seen() -> None:
     assert covered_area(cropped, (40, 30)) == (5, 0, 35, 30)
     assert covered_area(cropped, (30, 40)) == (0, 5, 30, 35)
     assert covered_area(LlavaImageProcessor(do_pad=True), (40, 30)) == (0, -5, 40, 35)
-    assert covered_area(tokenizers.qwen2(), (40, 30)) == (0, 0, 40, 30)
+    for name in ("llava_next", "qwen2", "internvl", "smolvlm"):
+        assert covered_area(image_processor(name), (40, 30)) == (0, 0, 40, 30)
