@@ -57,7 +57,7 @@ def last_row_gradients(model: Any, inputs: Mapping[str, Any], where: Where) -> l
         SteeringError: padding; families whose prompt is read in both directions (PaliGemma: other rows see the last
             token, so the short way is not exact).
     """
-    inner = core(model)
+    inner: Any = core(model)
     _check(inner, inputs)
     reader, ids = _LastRow(where), inputs["input_ids"]
     total = ids.shape[1]
@@ -76,7 +76,8 @@ def last_row_gradients(model: Any, inputs: Mapping[str, Any], where: Where) -> l
         values = per_query_head(state["values"].to(dtype), state["group"])
         gradient = torch.einsum("bhd,bhkd->bhk", slope[:, :, -1].to(dtype), values)
         lost = total - gradient.shape[-1]
-        found.append(tuple(torch.nn.functional.pad(x, (max(0, lost), 0)) for x in (state["row"], gradient)))
+        row, gradient = (torch.nn.functional.pad(x, (max(0, lost), 0)) for x in (state["row"], gradient))
+        found.append((row, gradient))
     return found
 
 
@@ -100,11 +101,11 @@ def pixel_gradients(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     Raises:
         SteeringError: tiles, whose pixels overlap or have no place in one picture.
     """
-    inner = core(model)
+    inner: Any = core(model)
     pixels: Tensor = inputs["pixel_values"].detach().clone().requires_grad_()
-    size, family = inputs.get("image_grid_thw"), inner.config.model_type
+    size: Tensor | None = inputs.get("image_grid_thw")
     single = pixels.dim() == 4 and len(pixels) == 1
-    if not single and not (family in QWEN and size is not None and len(size) == 1):
+    if not single and (size is None or inner.config.model_type not in QWEN or len(size) != 1):
         raise SteeringError(
             f"The pixels of {type(inner).__name__} come as {tuple(pixels.shape)}: map='pure-grad' needs one picture "
             "that is not cut into tiles."
@@ -112,7 +113,7 @@ def pixel_gradients(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     with undisturbed(inner), torch.enable_grad():
         logits = model(**{**inputs, "pixel_values": pixels}).logits[:, -1]
         (slope,) = torch.autograd.grad(logits.log_softmax(-1).amax(-1).sum(), pixels)
-    if single:
+    if single or size is None:
         return slope[0].norm(dim=0)
     vision = inner.config.vision_config
     _, rows, columns = size[0].tolist()

@@ -126,7 +126,8 @@ def greedy(model: Any, batch: Batch, max_new_tokens: int) -> list[list[int]]:
         found = model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, return_dict_in_generate=False
         )
-    config = core(model).generation_config
+    inner: Any = core(model)
+    config = inner.generation_config
     ends = {*config.eos_token_id} if isinstance(config.eos_token_id, (list, tuple)) else {config.eos_token_id}
     said = found[:, batch.length :].tolist()
     return [row[: next((n + 1 for n, token in enumerate(row) if token in ends), len(row))] for row in said]
