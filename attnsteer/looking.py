@@ -30,8 +30,8 @@ class Look:
     """One generation.
 
     Attributes:
-        maps: ``(T, L, rows, columns)`` float32: predicted tokens, layers, grid of the picture. Probabilities over all
-            keys (system, image, text), not renormalised over the image.
+        maps: ``(T, L, rows, columns)`` float32 on the CPU: predicted tokens, layers, grid of the picture. Probabilities
+            over all keys (system, image, text), not renormalised over the image.
         tokens: the T predicted tokens, the one that ends the answer included.
     """
 
@@ -99,7 +99,7 @@ def look(model: torch.nn.Module, hf_processor: Any, rows: Batch, where: Where, m
             torch.stack([_on_grid(maps[step][number, 0, 0], grid, rows.length + step) for maps in states])
             for step in range(len(said))
         ]
-        found.append(Look(torch.stack(passes), said))
+        found.append(Look(torch.stack(passes).cpu(), said))
     return found
 
 

@@ -70,7 +70,7 @@ def to_pixels(grid: Tensor, size: tuple[int, int], area: Sequence[float] | None 
     left, top, right, bottom = (0.0, 0.0, *map(float, size)) if area is None else area
     across = _weights(size[0], grid.shape[1], left, right)
     down = _weights(size[1], grid.shape[0], top, bottom)
-    return down @ grid.detach().double().cpu().numpy() @ across.T
+    return down @ grid.detach().cpu().double().numpy() @ across.T
 
 
 def _weights(pixels: int, cells: int, start: float, stop: float) -> Heat:
@@ -197,7 +197,7 @@ def crop_box(importance: Tensor, size: tuple[int, int], side: float, ratios: Seq
     """
     rows, columns = importance.shape
     cells = size[0] / columns, size[1] / rows
-    table = F.pad(importance.detach().double().cpu(), (1, 0, 1, 0)).cumsum(0).cumsum(1)
+    table = F.pad(importance.detach().cpu().double(), (1, 0, 1, 0)).cumsum(0).cumsum(1)
     best: tuple[float, float, tuple[int, int], tuple[int, int]] | None = None
     for ratio in ratios:
         nx, ny = (max(1, min(int(side * ratio / c), n)) for c, n in zip(cells, (columns, rows), strict=True))

@@ -142,7 +142,7 @@ class CARVE(Processor):
         attention = contrast_over_steps(question.maps, general.maps, self.lam, self.steps)  # type: ignore[arg-type]
         heat = to_pixels(attention, picture.size, area)
         mask = strongest_regions(heat, brightest(heat, self.keep), self.regions, self.keep)
-        return magnified(picture, mask), bounding_box(mask), heat, mask, attention.cpu()
+        return magnified(picture, mask), bounding_box(mask), heat, mask, attention
 
 
 def paper_layers(sites: Sequence[Site]) -> list[int]:

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from attnsteer.attach import sites
 from attnsteer.errors import SteeringError
 from attnsteer.hosts.answer_gradient import last_row_gradients, pixel_gradients
-from attnsteer.hosts.asking import batch, greedy, words
+from attnsteer.hosts.asking import batch, greedy, row, words
 from attnsteer.hosts.vlm_grids import covered_area, image_grids, patch_side, picture_side
 from attnsteer.looking import GeneralLooks, Magnified, look_with_general
 from attnsteer.processor import Processor, check_choice, check_number
@@ -114,7 +114,9 @@ class ViCrop(Processor):
         picture = picture.convert("RGB")
         asked = (question if short_question is None else short_question) + self.suffix
         parts = tiles(picture) if self.high_resolution else [[picture]]
-        maps = [[self.importance(model, hf_processor, part, asked, template, memory) for part in row] for row in parts]
+        maps = [
+            [self.importance(model, hf_processor, part, asked, template, memory) for part in line] for line in parts
+        ]
         attention = _beside(maps)
         area = covered_area(hf_processor, picture.size) if len(parts) == len(parts[0]) == 1 else (0, 0, *picture.size)
         box = self.box(model, attention, picture.size, area)
@@ -140,15 +142,16 @@ class ViCrop(Processor):
         general, where = self.general + self.suffix, self._where(model)
         if self.map == "rel-att":
             looks = look_with_general(model, hf_processor, [picture], [question], general, where, 1, template, memory)
-            return contrast_over_steps(looks[0][0].maps, looks[1][0].maps, 0.0, "first").cpu()
-        seen = batch(model, hf_processor, [(picture,)] * 2, [question, general], template)
+            return contrast_over_steps(looks[0][0].maps, looks[1][0].maps, 0.0, "first")
+        inputs = row(model, hf_processor, (picture,), question, template)
         if self.map == "grad-att":
-            ((row, slope),) = last_row_gradients(model, seen.rows[0], where)
+            ((seen, slope),) = last_row_gradients(model, inputs, where)
             heads = next(iter(where.select(sites(model), self.kinds).values()))
-            weighted = (row * slope.relu())[0, list(heads)].mean(dim=0)
-            ((grid,),) = image_grids(model, seen.rows[0], hf_processor, [picture])
-            return weighted[grid.to(weighted.device)].double().cpu()
-        asked, plain = (pixel_gradients(model, row).double().cpu() for row in seen.rows)
+            weighted = (seen * slope.relu())[0, list(heads)].mean(dim=0)
+            ((grid,),) = image_grids(model, inputs, hf_processor, [picture])
+            return weighted.cpu()[grid].double()
+        other = row(model, hf_processor, (picture,), general, template)
+        asked, plain = (pixel_gradients(model, given).cpu().double() for given in (inputs, other))
         left, top, right, bottom = covered_area(hf_processor, picture.size)
         shown = picture.crop((round(left), round(top), round(right), round(bottom)))
         ratio = asked / plain.clamp_min(torch.finfo(plain.dtype).tiny)

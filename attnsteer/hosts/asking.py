@@ -73,6 +73,16 @@ def prompt(hf_processor: Any, pictures: Pictures, question: str, template: str |
     return dict(hf_processor(text=[text], images=[list(pictures)], return_tensors="pt"))
 
 
+def row(
+    model: torch.nn.Module, hf_processor: Any, pictures: Pictures, question: str, template: str | None = None
+) -> dict[str, Tensor]:
+    """The inputs of one prompt as tensors on the model's device, pixels in its dtype."""
+    inner: Any = core(model)
+    given = prompt(hf_processor, pictures, question, template)
+    tensors = {name: value.to(inner.device) for name, value in given.items() if isinstance(value, Tensor)}
+    return {name: value.to(inner.dtype) if value.is_floating_point() else value for name, value in tensors.items()}
+
+
 def batch(
     model: torch.nn.Module,
     hf_processor: Any,
@@ -80,41 +90,42 @@ def batch(
     questions: Sequence[str],
     template: str | None = None,
 ) -> Batch:
-    """One row for each question; rows with the same picture objects share their encoding."""
+    """One row for each question; rows with the same picture objects share their encoding.
+
+    Raises:
+        SteeringError: a model that takes no pictures, or ``row``'s.
+    """
     inner: Any = core(model)
     if (
         not hasattr(inner, "get_image_features")
         or "mm_encoder_outputs" not in inspect.signature(inner.forward).parameters
     ):
         raise SteeringError(f"{type(inner).__name__} takes no picture as tokens of its prompt.")
-    rows = []
-    for seen, question in zip(pictures, questions, strict=True):
-        given = prompt(hf_processor, seen, question, template)
-        rows.append({name: _placed(value, inner) for name, value in given.items() if isinstance(value, Tensor)})
+    rows = [row(model, hf_processor, *one, template) for one in zip(pictures, questions, strict=True)]
     return Batch(joined(inner, rows, pictures), rows, list(pictures))
 
 
 def joined(inner: Any, rows: Sequence[Mapping[str, Any]], pictures: Sequence[Pictures]) -> dict[str, Any]:
     """Rows as one batch, padded on the left, with the encoding of their pictures in place of pixels."""
-    longest = max(row["input_ids"].shape[1] for row in rows)
+    longest = max(given["input_ids"].shape[1] for given in rows)
     pad = padding_id(inner.config, vision_tokens(inner.config))
     fill = {"input_ids": pad, "attention_mask": 0, **dict.fromkeys(PER_TOKEN, 0)}
     encoding = _encoding_inputs(inner)
     inputs: dict[str, Any] = {}
     for name in rows[0]:
-        values = [row[name] for row in rows]
+        values = [given[name] for given in rows]
         if name in fill:
             values = [F.pad(v, (longest - v.shape[1], 0), value=fill[name]) for v in values]
         elif name.startswith("pixel_"):
             continue  # the encoder has seen them
         inputs[name] = torch.cat(values)
     found: dict[tuple[int, ...], Any] = {}
-    for row, seen in zip(rows, pictures, strict=True):
+    for given, seen in zip(rows, pictures, strict=True):
         key = tuple(map(id, seen))
         if key not in found:
-            given = {name: row[name] for name in encoding if name in row}
+            shown = {name: given[name] for name in encoding if name in given}
             with torch.no_grad():
-                found[key] = inner.get_image_features(**given, return_dict=True)
+                found[key] = inner.get_image_features(**shown, return_dict=True)
     inputs["mm_encoder_outputs"] = {"image": _encodings([found[tuple(map(id, seen))] for seen in pictures])}
     return inputs
 
@@ -130,17 +141,12 @@ def greedy(model: Any, batch: Batch, max_new_tokens: int) -> list[list[int]]:
     config = inner.generation_config
     ends = {*config.eos_token_id} if isinstance(config.eos_token_id, (list, tuple)) else {config.eos_token_id}
     said = found[:, batch.length :].tolist()
-    return [row[: next((n + 1 for n, token in enumerate(row) if token in ends), len(row))] for row in said]
+    return [one[: next((n + 1 for n, token in enumerate(one) if token in ends), len(one))] for one in said]
 
 
 def words(hf_processor: Any, tokens: Sequence[int]) -> str:
     """An answer as text."""
     return str(getattr(hf_processor, "tokenizer", hf_processor).decode(tokens, skip_special_tokens=True)).strip()
-
-
-def _placed(value: Tensor, inner: Any) -> Tensor:
-    """On the model's device; pixels in its dtype too."""
-    return value.to(inner.device, inner.dtype) if value.is_floating_point() else value.to(inner.device)
 
 
 def _encoding_inputs(inner: Any) -> list[str]:

@@ -126,6 +126,15 @@ def test_what_cannot_be_known_is_refused_with_what_would_help() -> None:
         image_grids(model, {"inputs_embeds": torch.ones(1, 2, 3)})
 
 
+def test_a_class_token_in_front_is_no_place_of_the_picture() -> None:
+    model, make = vlms.build("llava")
+    model.config.vision_feature_select_strategy = "full"
+    ids = torch.tensor([[vlms.BOS, *[vlms.IMAGE] * 26, 9, *[vlms.IMAGE] * 26]])
+    (first, second), *_ = image_grids(model, {**make(1), "input_ids": ids})
+    assert torch.equal(first, torch.arange(2, 27).reshape(5, 5))
+    assert torch.equal(second, torch.arange(29, 54).reshape(5, 5))
+
+
 def test_a_text_model_has_no_grid() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 import attnsteer
 import attnsteer.config
 from attnsteer import SteeringError, Where
+from attnsteer.cli.generate import answer
 from attnsteer.hosts.asking import batch, greedy, words
 from attnsteer.looking import GeneralLooks, Look, look, look_with_general
 from attnsteer.processors import CARVE, ViCrop
@@ -132,6 +134,12 @@ def test_the_model_is_as_before() -> None:
     other = attnsteer.Capture(Where(layers=[1]), rows="last", columns="image")
     with attnsteer.steer(model, other), pytest.raises(SteeringError, match="steered already"):
         QUICK.answer(model, chat, picture(), "what is this")
+
+
+def test_the_command_line_lets_them_ask_by_themselves() -> None:
+    model, chat = tiny("llava")
+    said = answer(model, chat, picture(), "what is this", [QUICK], 2)
+    assert said == replace(QUICK, max_new_tokens=2).answer(model, chat, picture(), "what is this").answer
 
 
 def test_a_picture_whose_centre_alone_is_seen_is_cut_from_there() -> None:
