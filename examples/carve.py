@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from common import setting, show
+from common import show
 from PIL import Image
 
 from attnsteer.cli.generate import answer
@@ -37,14 +37,13 @@ def main(arguments: list[str] | None = None) -> None:
     model, processor = load(given.model, given.device, given.dtype)
     scenes = [] if given.images else [sampling.sample(given.seed + n) for n in range(given.num_scenes)]
     pictures = [scene.image() for scene in scenes] or [Image.open(file).convert("RGB") for file in given.images]
-    asked = [f"Is there a {scene.objects[-1].name} in the image?" for scene in scenes] or ["What is in the image?"]
-    questions = [given.question] * len(pictures) if given.question else (asked * len(pictures))[: len(pictures)]
-    images = setting(given, "final_images", "both")
-    small: dict[str, Any] = {"suffix": "", "side": 32} if given.model == "world-llava" else {}
-    methods: dict[str, Any] = {
-        "CARVE": CARVE(final_images=images, suffix=small.get("suffix", CARVE.suffix)),
-        "ViCrop": ViCrop(map="grad-att", final_images=images, **small),
-    }
+    asked = [f"Is there a {scene.objects[-1].name} in the image?" for scene in scenes]
+    same = [given.question or "What is in the image?"] * len(pictures)
+    questions = asked if scenes and not given.question else same
+    embedded = given.model == "world-llava"  # knows one picture and its own questions, and sees 64 x 64 pixels
+    fit: dict[str, Any] = {"final_images": "refined", "suffix": ""} if embedded else {}
+    side = 32 if embedded else None
+    methods: dict[str, Any] = {"CARVE": CARVE(**fit), "ViCrop": ViCrop(map="grad-att", side=side, **fit)}
     rows: dict[str, list[Image.Image]] = {"picture": []}
     for picture, question in zip(pictures, questions, strict=True):
         print(f"{question}\n  plain   {answer(model, processor, picture, question, [], 32)}")

@@ -57,7 +57,7 @@ class ViCrop(Processor):
             336), 224 for Qwen-VL.
         ratios: sizes of the crop, as multiples of ``side``.
         high_resolution: large pictures get their map in tiles of at most about 1024 pixels (rows of tiles:
-            ``ceil(H / 1024)``), each with passes of its own.
+            ``ceil(H / 1024)``, so many in a row that they are nearly square), each with passes of its own.
         final_images: ``"both"`` pictures in the final call, or ``"refined"`` alone for models of one picture (ours).
         median: of pure-grad's edges, an odd number of pixels.
         max_new_tokens: of the answer. Code: 20.
@@ -84,6 +84,8 @@ class ViCrop(Processor):
         check_choice(self, "final_images", ("both", "refined"))
         check_number(self, "max_new_tokens", 1)
         check_number(self, "median", 1)
+        if self.side is not None:
+            check_number(self, "side", 1)
         if self.where.layers != "all" or self.where.steps != "all":
             raise SteeringError("ViCrop reads one layer of the first pass: give layer=, and in where= heads alone.")
         if self.median % 2 == 0:
