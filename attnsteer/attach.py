@@ -271,6 +271,11 @@ def rows_given(
     for item in (p for row in given for p in row):
         if not isinstance(item, Processor):
             raise SteeringError(f"{item!r} is not an attnsteer processor; stock processors go to set_attn_processor.")
+        if item.call:
+            raise SteeringError(
+                f"{type(item).__name__} cannot be attached: it asks a model several times and changes the picture in "
+                f"between, not the attention. Call {item.call}."
+            )
     for row in given:
         twice = [type(p).__name__ for i, p in enumerate(row) if any(p is other for other in row[:i])]
         if twice:

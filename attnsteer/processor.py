@@ -30,7 +30,9 @@ class Processor:
       its image, in lock-step, before generation);
     * ``reads_only``: ``react`` only looks and never gives an edit, so that it goes with guidance;
     * ``reads_rows``: ``react`` reads other rows of the batch, so that no row may run without them;
-    * ``needs``: what ``react`` must know beyond the order of tokens: ``"grid"`` or ``"rotary"`` of ``Spans``.
+    * ``needs``: what ``react`` must know beyond the order of tokens: ``"grid"`` or ``"rotary"`` of ``Spans``;
+    * ``call``: how to use a method that asks a model several times instead of acting inside it (``CARVE``), as a line
+      of Python; such a method cannot be attached.
     """
 
     where: Where = Where()
@@ -40,6 +42,7 @@ class Processor:
     reads_only: ClassVar[bool] = False
     reads_rows: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ()
+    call: ClassVar[str] = ""
 
     def where_for(self, sites: Sequence[Site]) -> Where:
         """The selection on a model; methods whose default depends on the number of layers override it."""

@@ -103,6 +103,13 @@ class AttentionCall:
             self._output = self.kernel(self.q, self.k, self.v)
         return self._output
 
+    def track_output(self) -> Tensor:
+        """The output as a tensor whose gradient can be asked for; where nothing before it has one, a graph begins
+        here. Its values stay."""
+        plain = self.output  # the model would go on with a sibling of this view: it gets a view of our own
+        self._output = plain.view_as(plain) if plain.requires_grad else plain.detach().requires_grad_()
+        return self._output
+
     @property
     def mask(self) -> Tensor | None:
         """Which keys each query sees. Made once, where somebody asks."""

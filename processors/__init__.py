@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from .a_star import AStar
     from .attend_and_excite import AttendAndExcite
+    from .carve import CARVE
     from .conform import Conform
     from .consistent_self_attention import ConsistentSelfAttention
     from .divide_and_bind import DivideAndBind
@@ -27,11 +28,13 @@ if TYPE_CHECKING:
     from .syngen import SynGen
     from .vhd import VHD
     from .vhr import VHR
+    from .vicrop import ViCrop
 
 GROUP = "attnsteer.processors"
 _SHIPPED = {
     "AStar": "a_star",
     "AttendAndExcite": "attend_and_excite",
+    "CARVE": "carve",
     "Conform": "conform",
     "ConsistentSelfAttention": "consistent_self_attention",
     "DivideAndBind": "divide_and_bind",
@@ -44,9 +47,11 @@ _SHIPPED = {
     "SynGen": "syngen",
     "VHD": "vhd",
     "VHR": "vhr",
+    "ViCrop": "vicrop",
 }
 
 __all__ = [
+    "CARVE",
     "PAG",
     "SEG",
     "VHD",
@@ -61,6 +66,7 @@ __all__ = [
     "SharedSelfAttention",
     "SoftPAG",
     "SynGen",
+    "ViCrop",
     "available",
     "get",
 ]

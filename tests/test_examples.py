@@ -22,6 +22,7 @@ ONE = [*QUICK, "--num-seeds", "1"]
 ARGUMENTS: dict[str, list[str]] = {
     "a_star": ONE,
     "attend_and_excite": [*ONE, "--max-refinement-steps", "1"],
+    "carve": ["--num-scenes", "2"],
     "conform": [*ONE, "--max-refinement-steps", "1"],
     "consistent_self_attention": ["--num-steps", "3"],
     "divide_and_bind": [*ONE, "--max-refinement-steps", "1", "0"],

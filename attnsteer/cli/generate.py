@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -213,6 +214,10 @@ def answer(model: Any, processor: Any, picture: Any, question: str, wanted: list
     """The greedy answer to a question about a picture."""
     from ..attach import steer
 
+    if len(wanted) == 1 and wanted[0].call:  # it asks by itself
+        method = replace(wanted[0], max_new_tokens=min(limit, wanted[0].max_new_tokens))
+        with models.running(model):
+            return str(method.answer(model, processor, picture, question).answer)
     inputs = question_inputs(processor, [picture], [question]).to(model.device, model.dtype)
     with models.running(model), steer(model, *wanted, processor=processor) if wanted else nullcontext():
         tokens = model.generate(**inputs, max_new_tokens=limit, do_sample=False)

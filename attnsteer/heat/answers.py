@@ -19,12 +19,12 @@ from torch import Tensor
 
 from ..attach import attach, sites
 from ..capture import chosen_heads, probabilities
+from ..chat import question_inputs
 from ..errors import SteeringError
 from ..hosts.vlm_families import vision_tokens
 from ..hosts.vlm_grids import View, covered_area, image_grids
 from ..hosts.worlds import is_language_model
 from ..processor import Processor
-from ..chat import question_inputs
 from ..site import AttentionCall, Kind, Site
 from ..spans import find_each, token_bytes
 from ..where import Selection, Where

@@ -52,6 +52,8 @@ images."""
 ANSWER_TYPES = {"paligemma": {"token_type_ids": 1}}
 """By ``model_type``: the value of a per-token input at generated tokens, where it is not 0 (PaliGemma: causal from
 here)."""
+WHOLE_PROMPT_IN_BOTH_DIRECTIONS = ("paligemma",)
+"""By ``model_type``: every token of the prompt sees every other one."""
 PIXELS = ("pixel_values", "pixel_values_videos", "pixel_values_images", "image_patches", "mm_encoder_outputs")
 NOT_FOR_PREFILL = (
     *("past_key_values", "cache", "use_cache", "cache_position", "position_ids", "inputs_embeds", "labels"),

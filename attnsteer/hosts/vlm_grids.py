@@ -110,7 +110,7 @@ def covered_area(hf_processor: Any, size: tuple[int, int]) -> Area:
     """The part of a picture of ``size`` (width, height) that its tokens see.
 
     All of it in most families. CLIP's preprocessing (LLaVA-1.5 on the hub) crops the centre, and the original LLaVA's
-    pads to a square: the grid is then larger than the picture.
+    pads to a square: the grid is then larger than the picture. LLaVA-NeXT crops nothing but its own tiles.
     """
     width, height = size
     processor = getattr(hf_processor, "image_processor", hf_processor)
@@ -119,12 +119,25 @@ def covered_area(hf_processor: Any, size: tuple[int, int]) -> Area:
         left, top = -float((side - width) // 2), -float((side - height) // 2)
         return left, top, left + side, top + side
     crop = getattr(processor, "crop_size", None)
-    if not getattr(processor, "do_center_crop", False) or crop is None:
+    tiled = getattr(processor, "image_grid_pinpoints", None)
+    if not getattr(processor, "do_center_crop", False) or crop is None or tiled:
         return 0.0, 0.0, float(width), float(height)
     shrunk_width, shrunk_height = _resized(processor, size)
     seen_width, seen_height = crop["width"] * width / shrunk_width, crop["height"] * height / shrunk_height
     left, top = (width - seen_width) / 2, (height - seen_height) / 2
     return left, top, left + seen_width, top + seen_height
+
+
+def picture_side(model: torch.nn.Module) -> int:
+    """Side in pixels of the pictures that a model was trained with; 224 for Qwen-VL, which takes any."""
+    config: Any = core(model).config
+    return 224 if config.model_type in QWEN else _pair(config.vision_config.image_size)[0]
+
+
+def patch_side(model: torch.nn.Module) -> int:
+    """Side in pixels of a patch of the vision tower."""
+    config: Any = core(model).config
+    return _pair(config.vision_config.patch_size)[0]
 
 
 def _resized(processor: Any, size: tuple[int, int]) -> tuple[float, float]:

@@ -8,59 +8,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from attnsteer import SteeringError
 from attnsteer.hosts.vlm_grids import covered_area, image_grids
-from tests.tiny import tokenizers, vlms
-
-MARKED = "<row_{}_col_{}>"
-
-
-def image_processor(name: str) -> Any:
-    """The library's image processor, for pictures as small as the tiny models'."""
-    from transformers import LlavaNextImageProcessor, Qwen2VLImageProcessor, SmolVLMImageProcessor
-    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
-
-    side = {"height": 12, "width": 12}
-    if name.startswith("qwen"):
-        return Qwen2VLImageProcessor(
-            patch_size=2, merge_size=2, temporal_patch_size=2, min_pixels=16, max_pixels=6 * 10 * 2 * 2 * 4
-        )
-    if name == "llava_next":
-        pinpoints = [[8, 16], [16, 8], [16, 16]]
-        return LlavaNextImageProcessor(size={"shortest_edge": 8}, crop_size=8, image_grid_pinpoints=pinpoints)
-    if name == "internvl":
-        return GotOcr2ImageProcessorPil(size=side, crop_to_patches=True, min_patches=1, max_patches=6)
-    if name == "smolvlm":
-        return SmolVLMImageProcessor(size={"longest_edge": 36}, max_image_size={"longest_edge": 12})
-    raise KeyError(name)
-
-
-def pixels(name: str, picture: Image.Image) -> dict[str, Any]:
-    if name in ("llava", "gemma3", "paligemma"):
-        side = 10 if name == "llava" else 12
-        array = torch.frombuffer(
-            bytearray(picture.resize((side, side), Image.Resampling.BILINEAR).tobytes()), dtype=torch.uint8
-        )
-        return {"pixel_values": array.reshape(1, side, side, 3).permute(0, 3, 1, 2) / 127.5 - 1}
-    options = {"return_row_col_info": True} if name == "smolvlm" else {}
-    return dict(image_processor(name)(picture, return_tensors="pt", **options))
-
-
-class Marker:
-    """A tokenizer that knows the markers of tiles alone: token 20 + 10 r + c is ``<row_r_col_c>``."""
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(MARKED.format((i - 20) // 10, (i - 20) % 10) if i > 30 else "x" for i in ids)
-
-
-def features(model: Any, given: dict[str, Any]) -> Tensor:
-    """Image features in the order of tokens."""
-    inner = {k: v for k, v in given.items() if k in ("pixel_values", "image_grid_thw", "image_sizes")}
-    found = model.get_image_features(**inner, return_dict=True).pooler_output
-    parts = list(found) if isinstance(found, (list, tuple)) else [found]
-    return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+from tests.tiny import vlms
+from tests.tiny.chat import Chat, features, image_processor, pixels
 
 
 def local(model: Any) -> None:
@@ -72,32 +25,19 @@ def local(model: Any) -> None:
             nn.init.zeros_(module.bias)
 
 
-def ids_of(name: str, tokens: int, given: dict[str, Any]) -> Tensor:
-    """A prompt with padding, text, the picture's tokens and text; with tile markers where the family has them."""
-    body = [vlms.IMAGE] * tokens
-    if name == "smolvlm":
-        (rows,), (columns,) = given["rows"][0], given["cols"][0]
-        tiles = [[20 + 10 * (r + 1) + c + 1] + [vlms.IMAGE] * 9 for r in range(rows) for c in range(columns)]
-        body = [token for tile in tiles for token in tile] + [9] + [vlms.IMAGE] * 9
-    return torch.tensor([[vlms.PAD, vlms.BOS, 8, *body, 9, 10]])
-
-
 @pytest.mark.parametrize("size", [(32, 24), (20, 33)], ids=str)
 @pytest.mark.parametrize("name", vlms.NAMES)
 def test_a_spot_in_the_picture_is_found_at_its_cell(name: str, size: tuple[int, int]) -> None:
     model, _ = vlms.build(name)
     local(model)
-    grey = Image.new("RGB", size, (90, 90, 90))
-    given = pixels(name, grey)
-    before = features(model, given)
-    ids = ids_of(name, len(before), given)
-    inputs = {**given, "input_ids": ids}
-    helper = Marker() if name == "smolvlm" else image_processor(name) if name == "internvl" else None
-    places = (ids[0] == vlms.IMAGE).nonzero()[:, 0]
+    grey, chat = Image.new("RGB", size, (90, 90, 90)), Chat(name, model)
+    before = torch.cat(features(model, pixels(name, [grey])))
+    inputs = chat(["a <image> b"], [[grey]], return_tensors="pt")
+    places = (inputs["input_ids"][0] == vlms.IMAGE).nonzero()[:, 0]
     assert len(places) == len(before)
     order = {int(place): number for number, place in enumerate(places)}
     for view in ("finest", "overview"):
-        ((grid,),) = image_grids(model, inputs, helper, [grey] if name == "internvl" else None, view)
+        ((grid,),) = image_grids(model, inputs, chat, [grey], view)
         rows, columns = grid.shape
         for r, c in {(0, 0), (0, columns - 1), (rows - 1, 0), (rows // 2, columns // 3), (rows - 1, columns - 1)}:
             spotted = grey.copy()
@@ -105,7 +45,7 @@ def test_a_spot_in_the_picture_is_found_at_its_cell(name: str, size: tuple[int, 
             right, bottom = left + size[0] / columns, top + size[1] / rows
             spot = (math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom))
             spotted.paste((250, 10, 10), spot)
-            moved = (features(model, pixels(name, spotted)) - before).norm(dim=-1)
+            moved = (torch.cat(features(model, pixels(name, [spotted]))) - before).norm(dim=-1)
             by_cell = torch.stack([torch.stack([moved[order[int(p)]] for p in line]) for line in grid])
             assert int(by_cell.argmax()) == r * columns + c, (view, r, c, by_cell)
 
@@ -151,14 +91,14 @@ def test_several_pictures_in_a_row() -> None:
 def test_what_cannot_be_known_is_refused_with_what_would_help() -> None:
     model, make = vlms.build("smolvlm")
     with pytest.raises(SteeringError, match="without markers"):
-        image_grids(model, make(1), Marker())
+        image_grids(model, make(1), Chat("smolvlm", model))
     tiled = {
         "input_ids": torch.tensor([[31, *[vlms.IMAGE] * 9, 9, *[vlms.IMAGE] * 9]]),
         "pixel_values": torch.ones(1, 2, 3, 12, 12),
     }
     with pytest.raises(SteeringError, match="hf_processor="):
         image_grids(model, tiled)
-    assert image_grids(model, tiled, Marker())[0][0].flatten().tolist() == list(range(1, 10))
+    assert image_grids(model, tiled, Chat("smolvlm", model))[0][0].flatten().tolist() == list(range(1, 10))
 
     model, make = vlms.build("internvl")
     several = {"input_ids": torch.full((1, 27), vlms.IMAGE), "pixel_values": torch.ones(3, 3, 12, 12)}
@@ -186,6 +126,15 @@ def test_what_cannot_be_known_is_refused_with_what_would_help() -> None:
         image_grids(model, {"inputs_embeds": torch.ones(1, 2, 3)})
 
 
+def test_a_class_token_in_front_is_no_place_of_the_picture() -> None:
+    model, make = vlms.build("llava")
+    model.config.vision_feature_select_strategy = "full"
+    ids = torch.tensor([[vlms.BOS, *[vlms.IMAGE] * 26, 9, *[vlms.IMAGE] * 26]])
+    (first, second), *_ = image_grids(model, {**make(1), "input_ids": ids})
+    assert torch.equal(first, torch.arange(2, 27).reshape(5, 5))
+    assert torch.equal(second, torch.arange(29, 54).reshape(5, 5))
+
+
 def test_a_text_model_has_no_grid() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -202,4 +151,5 @@ def test_the_area_that_is_seen() -> None:
     assert covered_area(cropped, (40, 30)) == (5, 0, 35, 30)
     assert covered_area(cropped, (30, 40)) == (0, 5, 30, 35)
     assert covered_area(LlavaImageProcessor(do_pad=True), (40, 30)) == (0, -5, 40, 35)
-    assert covered_area(tokenizers.qwen2(), (40, 30)) == (0, 0, 40, 30)
+    for name in ("llava_next", "qwen2", "internvl", "smolvlm"):
+        assert covered_area(image_processor(name), (40, 30)) == (0, 0, 40, 30)
