@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .edits import ClassMask, Edit, KeyBias, Mix, RowKeys, Scale, Segments
     from .errors import NotReachedError, SteeringError, WhereError
     from .explain import Explanation, explain
+    from .hosts.replay import Prefill, prefill
     from .lanes import Lane
     from .processor import Processor
     from .site import AttentionCall, Site, Spans
@@ -37,6 +38,7 @@ __all__ = [
     "Lane",
     "Mix",
     "NotReachedError",
+    "Prefill",
     "Processor",
     "RowKeys",
     "Scale",
@@ -53,6 +55,7 @@ __all__ = [
     "attend",
     "detach",
     "explain",
+    "prefill",
     "run_variants",
     "sites",
     "steer",
@@ -68,6 +71,7 @@ _MODULE_OF = {
     "Lane": "lanes",
     "Mix": "edits",
     "NotReachedError": "errors",
+    "Prefill": "hosts.replay",
     "Processor": "processor",
     "RowKeys": "edits",
     "Scale": "edits",
@@ -83,6 +87,7 @@ _MODULE_OF = {
     "attend": "attend",
     "detach": "attach",
     "explain": "explain",
+    "prefill": "hosts.replay",
     "run_variants": "variants",
     "sites": "attach",
     "steer": "attach",
