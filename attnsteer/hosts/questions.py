@@ -49,7 +49,7 @@ def tokenizer_of(processor: Any) -> Any:
 def chat_marks(processor: Any, marker: str = "") -> Marks:
     """Header and markers of a processor's or tokenizer's chat template; ``marker``, where given, comes before them."""
     given = (marker,) if marker.strip() else ()
-    for owner in dict.fromkeys((processor, getattr(processor, "tokenizer", None))):
+    for owner in (processor, getattr(processor, "tokenizer", None)):
         asks = _render(owner, [("user", _FIRST)], answer=True)
         if asks is None or asks.count(_FIRST) != 1:
             continue

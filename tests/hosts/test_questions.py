@@ -115,10 +115,9 @@ def test_bounds_by_hand() -> None:
     assert find_question(pieces, image, idle, marks) == (5, 9)
     assert find_question(pieces, image, idle, Marks()) == (5, 12)
     assert find_question(pieces[:4] + pieces[9:], image[:4] + image[9:], idle[:4] + idle[9:], marks) == (0, 0)
-    assert find_question([b"<s>", b"<image>", b"<s>", b"a", b"<s>"], [0, 1, 0, 0, 0], [1, 0, 1, 0, 1], Marks()) == (
-        3,
-        4,
-    )  # type: ignore[list-item]  # noqa: E501
+    pieces = [b"<s>", b"<image>", b"<s>", b"a", b"<s>"]
+    idle = [piece == b"<s>" for piece in pieces]
+    assert find_question(pieces, [piece == b"<image>" for piece in pieces], idle, Marks()) == (3, 4)
 
 
 def test_words_know_their_tokens() -> None:
