@@ -55,6 +55,7 @@ PAPER = {
     (28, 28, 4): Setting(14, 5, 18, 4.0),  # Qwen2-VL-7B
 }
 """By number of layers, heads and key/value heads."""
+_ALPHAS = {(heads, kv_heads): setting.alpha for (_, heads, kv_heads), setting in PAPER.items()}
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class GIFT(Processor):
     def _alpha(self, site: Site) -> float:
         if self.alpha is not None:
             return self.alpha
-        return next((s.alpha for (_, *heads), s in PAPER.items() if heads == [site.heads, site.kv_heads]), 5.0)
+        return _ALPHAS.get((site.heads, site.kv_heads), 5.0)
 
 
 def predicting_rows(call: AttentionCall) -> slice:

@@ -78,8 +78,9 @@ class Surveyor:
         for survey in surveys:
             for state in (*survey.states.values(), survey.shared):
                 state.clear()
-        with self._reading(surveys, there), undisturbed(self._model), torch.no_grad():
-            # past our own interception, and past a graph of the whole model, which serves the user's shapes
+        # past our own interception, and past the user's graphs: they serve other shapes, and readers may look at values
+        eager = torch.compiler.set_stance("force_eager")
+        with self._reading(surveys, there), undisturbed(self._model), torch.no_grad(), eager:
             torch.nn.Module._call_impl(self._model, **inputs, use_cache=False)
 
     @contextmanager

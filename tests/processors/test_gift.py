@@ -429,6 +429,42 @@ def test_the_layer_that_shifts_most() -> None:
         saliency_layer(model, [], token_selector="all")
 
 
+@pytest.mark.parametrize("way", ["layers", "static decoding"])
+def test_compiled_equals_eager_and_later_prompts_make_no_graphs(way: str) -> None:
+    model, make = vlms.build("llava")
+    prompts = [make(2, seed=seed, left_padding=True) for seed in (0, 1, 2)]
+    static = {"cache_implementation": "static", "output_logits": True, "return_dict_in_generate": True}
+
+    def run(given: dict[str, Any]) -> Tensor:
+        if way == "layers":
+            return model(**given, use_cache=False).logits[:, -1]
+        return torch.stack(model.generate(**given, **GREEDY, **static).logits)
+
+    with attnsteer.steer(model, ALL):
+        expected = [run(given) for given in prompts]
+    graphs: list[int] = []
+
+    def backend(graph: Any, example: Any) -> Any:
+        graphs.append(1)
+        return graph.forward
+
+    torch._dynamo.reset()
+    if way == "layers":
+        for layer in model.model.language_model.layers:
+            layer.compile(backend=backend, fullgraph=True)
+    else:  # what generate does by itself on a GPU
+        compiled = torch.compile(model.__call__, backend=backend, fullgraph=True)
+        model._valid_auto_compile_criteria = lambda *_: True
+        model.get_compiled_call = lambda config: compiled
+    counts = []
+    with attnsteer.steer(model, ALL):
+        for given, logits in zip(prompts, expected, strict=True):
+            torch.testing.assert_close(run(given), logits, rtol=1e-4, atol=1e-4)
+            counts.append(len(graphs))
+    torch._dynamo.reset()
+    assert 0 < counts[0] == counts[-1]
+
+
 # ---- a trained model -------------------------------------------------------------------------------------------------
 def test_world_llava_answers_under_gift() -> None:
     from transformers import AutoProcessor, LlavaForConditionalGeneration
