@@ -245,6 +245,8 @@ def refusals(
     ]
     reasons += ["scheduler= is for bare denoisers; a pipeline brings its own."] if scheduler and pipeline else []
     reasons += ["processor= is for language models."] if processor and not language else []
+    surveys = dict.fromkeys(type(plan.processor).__name__ for plan in plans_of(rows) if plan.survey is not None)
+    reasons += [f"{name} surveys the prompt, which is for language models." for name in surveys if not language]
     if language:
         from .hosts import causal_lm
 

@@ -62,6 +62,8 @@ _ALPHAS = {(heads, kv_heads): setting.alpha for (_, heads, kv_heads), setting in
 class GIFT(Processor):
     """Multiply the attention of the predicting row on salient image tokens, and on the question as much.
 
+    The map s of the last prompt is ``steering.plans[i].shared["saliency"]``, ``(B, N)``.
+
     Args:
         where: the enhancement layers, and ``steps`` (``"prefill"``, ``"decode"``, ``"all"``). None takes the paper's:
             12 to 22 for LLaVA-1.5-7B, 14 to 20 for LLaVA-1.5-13B, 5 to 18 for Qwen2-VL-7B, told apart by their numbers

@@ -64,7 +64,8 @@ class _LastKey(Processor):
 class Prefill:
     """A prompt that was prefilled; made by ``prefill``.
 
-    Its memory is that of the cache. It holds for the weights and the attention implementation that it was made with.
+    It keeps the cache and the inputs, and every generation copies the cache. It holds for the weights and the attention
+    implementation that it was made with.
     """
 
     def __init__(self, model: Any, inputs: Mapping[str, Any], cache: Any, known: Known, processor: Any):
@@ -157,7 +158,8 @@ def prefill(model: Any, *processors: Processor, processor: Any = None, **inputs:
     for plan in [make_plan(p, there) for p in processors]:
         if plan.survey is not None and plan.survey.processor not in surveys:
             surveys.append(plan.survey.processor)
-    cache = DynamicCache(config=core(model).config.get_text_config(decoder=True))
+    inner: Any = core(model)
+    cache = DynamicCache(config=inner.config.get_text_config(decoder=True))
     cache.activate_past_recording()  # sliding layers keep what the crop needs
     with attach(model, _LastKey(), *surveys, processor=processor) as steering:
         model.generate(**inputs, **_ALONE, past_key_values=cache, max_new_tokens=1)

@@ -16,7 +16,7 @@ from attnsteer.capture import probabilities
 from attnsteer.processors.gift import GIFT
 from attnsteer.processors.vhr import VHR
 from tests.hosts.common import GREEDY, BoostImage, Look, ScaleAll, factors_of, state_of
-from tests.tiny import vlms
+from tests.tiny import denoisers, vlms
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,18 @@ class Surveys(Processor):
         bias = torch.zeros(call.q.shape[0], 1, call.k.shape[2])
         bias[..., 0] = self.strength
         return KeyBias(bias, queries="last")
+
+
+@dataclass(frozen=True)
+class ReadPictures(ReadLast):
+    needs = ()
+    kinds = ("joint",)
+
+
+@dataclass(frozen=True)
+class SurveysPictures(Surveys):
+    reader: Processor = ReadPictures()
+    kinds = ("joint",)
 
 
 def plain_rows(model: Any, inputs: dict[str, Any]) -> dict[int, Tensor]:
@@ -161,6 +173,12 @@ def test_explain_and_refusals_know_surveys() -> None:
     with pytest.raises(SteeringError, match="marker='A:' and 'B:' cannot both"):
         attnsteer.attach(model, *(GIFT(token_selector="all", marker=marker) for marker in ("A:", "B:")))
     assert attnsteer.explain(model, GIFT(alpha=0)).refused == []
+
+
+def test_surveys_are_for_language_models() -> None:
+    model, _ = denoisers.build("flux")
+    with pytest.raises(SteeringError, match="SurveysPictures surveys the prompt, which is for language models"):
+        attnsteer.attach(model, SurveysPictures())
 
 
 # ---- one prefill for many --------------------------------------------------------------------------------------------
