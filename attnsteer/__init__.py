@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .errors import NotReachedError, SteeringError, WhereError
     from .explain import Explanation, explain
     from .heat import AnswerMaps, HeatMaps, answer_maps, heat_maps
+    from .hosts.replay import Prefill, prefill
     from .lanes import Lane
     from .processor import Processor
     from .site import AttentionCall, Site, Spans
@@ -40,6 +41,7 @@ __all__ = [
     "Lane",
     "Mix",
     "NotReachedError",
+    "Prefill",
     "Processor",
     "RowKeys",
     "Scale",
@@ -58,6 +60,7 @@ __all__ = [
     "detach",
     "explain",
     "heat_maps",
+    "prefill",
     "run_variants",
     "sites",
     "steer",
@@ -75,6 +78,7 @@ _MODULE_OF = {
     "Lane": "lanes",
     "Mix": "edits",
     "NotReachedError": "errors",
+    "Prefill": "hosts.replay",
     "Processor": "processor",
     "RowKeys": "edits",
     "Scale": "edits",
@@ -92,6 +96,7 @@ _MODULE_OF = {
     "detach": "attach",
     "explain": "explain",
     "heat_maps": "heat",
+    "prefill": "hosts.replay",
     "run_variants": "variants",
     "sites": "attach",
     "steer": "attach",

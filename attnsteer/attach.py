@@ -245,10 +245,12 @@ def refusals(
     ]
     reasons += ["scheduler= is for bare denoisers; a pipeline brings its own."] if scheduler and pipeline else []
     reasons += ["processor= is for language models."] if processor and not language else []
+    surveys = dict.fromkeys(type(plan.processor).__name__ for plan in plans_of(rows) if plan.survey is not None)
+    reasons += [f"{name} surveys the prompt, which is for language models." for name in surveys if not language]
     if language:
         from .hosts import causal_lm
 
-        return reasons + causal_lm.refusals(models[0], rows)
+        return reasons + causal_lm.refusals(models[0], rows, processor)
     from .hosts import denoisers, nurse
 
     steps = getattr(target, "scheduler", None) if pipeline else scheduler

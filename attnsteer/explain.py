@@ -138,6 +138,10 @@ def _explanation(target: Any, rows: Any, refused: list[str], shape: Mapping[str,
     if any("image_free" in plan.processor.lanes for row in live for plan in row):
         facts["extra"] = "one pass of the prompt with and without its image before each generation (2 rows a prompt)"
         facts["extra_rows"] = 2
+    if any(plan.survey is not None for row in live for plan in row):
+        survey = "one plain pass of the prompt before each generation (1 row a prompt)"
+        facts["extra"] = f"{survey}; {facts['extra']}" if "extra" in facts else survey
+        facts["extra_rows"] = facts.get("extra_rows", 0) + 1
     nursing = [plan for row in live for plan in row if plan.nursing is not None]
     if nursing:
         facts["extra"] = (

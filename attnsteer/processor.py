@@ -22,6 +22,7 @@ class Processor:
 
     A method overrides ``plan`` where the edit does not depend on the data (asked once per site at attach), ``react``
     where it does (asked in every kernel call), or ``nursing`` where it moves the latent instead (asked once at attach).
+    A method whose layers must know the whole prompt beforehand gives a ``survey``.
     The class attributes say where the method may act:
 
     * ``kinds``: kinds of sites, in order of preference (see ``Where.select``);
@@ -30,9 +31,12 @@ class Processor:
       its image, in lock-step, before generation);
     * ``reads_only``: ``react`` only looks and never gives an edit, so that it goes with guidance;
     * ``reads_rows``: ``react`` reads other rows of the batch, so that no row may run without them;
-    * ``needs``: what ``react`` must know beyond the order of tokens: ``"grid"`` or ``"rotary"`` of ``Spans``;
     * ``call``: how to use a method that asks a model several times instead of acting inside it (``CARVE``), as a line
-      of Python; such a method cannot be attached.
+      of Python; such a method cannot be attached;
+    * ``last_row_only``: every edit changes the output of the last query row alone, so that prompts with one prefill can
+      be shared (``attnsteer.prefill``);
+    * ``needs``: what ``react`` must know beyond the order of tokens: ``"grid"``, ``"rotary"``, ``"question"`` or
+      ``"words"`` (of the question; takes the tokenizer) of ``Spans``.
     """
 
     where: Where = Where()
@@ -41,8 +45,8 @@ class Processor:
     lanes: ClassVar[tuple[str, ...]] = ()
     reads_only: ClassVar[bool] = False
     reads_rows: ClassVar[bool] = False
-    needs: ClassVar[tuple[str, ...]] = ()
     call: ClassVar[str] = ""
+    last_row_only: ClassVar[bool] = False
 
     def where_for(self, sites: Sequence[Site]) -> Where:
         """The selection on a model; methods whose default depends on the number of layers override it."""
@@ -59,6 +63,26 @@ class Processor:
         """The edit for one kernel call, with tensors of all its rows, or a tuple of several; None for the untouched
         kernel."""
         return None
+
+    def survey(self, sites: Sequence[Site]) -> Processor | None:
+        """A reader (``reads_only``) that is shown the plain prompt before a generation, in one prefill without edits
+        and without a cache; None where the method needs none. Language models only.
+
+        What its ``react`` leaves in ``call.shared`` is in ``call.shared`` of this method at all of its own sites. Its
+        ``where`` says what it reads. Surveys that are equal are read once, so it should not hold strengths.
+        """
+        return None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What ``react`` must know of ``Spans`` beyond the order of tokens."""
+        return ()
+
+    @property
+    def marker(self) -> str:
+        """The text by which a prompt that was typed by hand asks for the answer, e.g. ``"ASSISTANT:"``, where there is
+        no chat template that says so."""
+        return ""
 
     def nursing(self) -> Nursing | None:
         """A loss on the maps of words that the latent follows before each step (``attnsteer.nursing``); None where the

@@ -30,7 +30,8 @@ class Plan:
     """One processor on one model: what it selected and what it wants there.
 
     ``edits`` holds the data-independent edits; ``states`` one dict per site for processors that react to data;
-    ``nursing`` the loss that the latent follows.
+    ``nursing`` the loss that the latent follows. ``survey`` reads the prompt before a generation and leaves what it
+    finds in ``shared``, one dict for all sites.
     """
 
     processor: Processor
@@ -39,6 +40,8 @@ class Plan:
     edits: Mapping[Site, Edit]
     states: Mapping[Site, dict[str, Any]] = field(default_factory=dict)
     nursing: Nursing | None = None
+    survey: Plan | None = None
+    shared: dict[str, Any] = field(default_factory=dict)
 
     @property
     def guides(self) -> bool:
@@ -72,7 +75,9 @@ def make_plan(processor: Processor, sites: Sequence[Site]) -> Plan:
         raise SteeringError(reasons)
     wanted = {site: processor.plan(site, heads) for site, heads in selection.items()}
     edits = {site: edit for site, edit in wanted.items() if edit is not None}
-    return Plan(processor, where, selection, edits, {site: {} for site in selection}, processor.nursing())
+    reader = processor.survey(sites)
+    survey = None if reader is None else make_plan(reader, sites)
+    return Plan(processor, where, selection, edits, {site: {} for site in selection}, processor.nursing(), survey)
 
 
 _SHARED = Segments((), torch.ones(1, 1))

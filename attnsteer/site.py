@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,14 @@ class Site:
     level: int | None = None
 
 
+class Word(NamedTuple):
+    """A word of the prompt and the tokens ``[start, stop)`` that spell it."""
+
+    text: str
+    start: int
+    stop: int
+
+
 @dataclass(frozen=True, eq=False)
 class Spans:
     """Which tokens of the sequence are what. A slice holds for all rows; a bool tensor ``(B, N)`` differs per row.
@@ -54,12 +62,19 @@ class Spans:
         grid: ``(T, H, W)`` of the image tokens, row-major, where the family has one grid for all rows.
         rotary: cosines and sines ``(N, D)`` each, by which queries and keys were turned (pairs of channels), where the
             family has rotary positions of this form.
+        question: bool ``(B, N)``, the tokens of the user's question without template and assistant tokens, where a
+            processor needs it (language models).
+        words: for every row of the prompt the words of its question, where the tokenizer is known.
+        places: int ``(N,)``, where in the prompt (counted with its padding) each key stands; goes with ``question``.
     """
 
     image: slice | Tensor
     text: slice | Tensor
     grid: tuple[int, int, int] | None = None
     rotary: tuple[Tensor, Tensor] | None = None
+    question: Tensor | None = None
+    words: tuple[tuple[Word, ...], ...] | None = None
+    places: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -70,7 +85,8 @@ class AttentionCall:
     float, broadcastable to ``(B, H, Nq, Nk)``, or None. ``visible`` is the mask, or makes it once somebody asks for it:
     most edits never look, and some hosts must build a dense one or cannot say what it is. ``lanes`` names groups of
     rows, e.g. ``{"main": slice(0, 2)}``.
-    ``state`` lives as long as one generation and belongs to one (processor, site). ``step`` is the position in the
+    ``state`` lives as long as one generation and belongs to one (processor, site); ``shared`` lives as long and belongs
+    to all sites of a processor (language models). ``step`` is the position in the
     schedule as a 0-d int tensor (a plain int would make a compiled graph for each step), None where there is none.
     ``classes`` are the class masks that edits have put on the call. ``lent`` is the call of an earlier forward
     where edits that read rows mean the rows of that one (``attnsteer.lending``) and not those of this call.
@@ -88,6 +104,7 @@ class AttentionCall:
     phase: Phase = "denoise"
     lanes: Mapping[str, slice] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
     step: Tensor | None = None
     classes: tuple[Any, ...] = ()
     lent: AttentionCall | None = None

@@ -15,21 +15,27 @@ import torch
 from torch import Tensor
 
 from .errors import SteeringError
-from .site import Spans
+from .site import Spans, Word
+
+Questions = Callable[[Tensor, Tensor], "tuple[Tensor, tuple[tuple[Word, ...], ...] | None]"]
+"""``(ids, real tokens) -> question tokens (B, N), words of each row's question``."""
 
 
 class KeySpans:
-    """The image and the text tokens among the keys of each attention call of a language model.
+    """The image, text and question tokens among the keys of each attention call of a language model.
 
     Keys do not simply grow: a static cache has empty slots at the end, and a layer with a sliding window loses its
     oldest keys in decode. The cache knows (``get_mask_sizes``), so it is asked before each forward pass.
 
     Args:
         image_mask: ``ids -> bool`` of the same shape, True at image tokens.
+        questions: ``(ids, real) -> bool (B, N), words``: the user's question in each prompt, where somebody needs it.
     """
 
-    def __init__(self, image_mask: Callable[[Tensor], Tensor]):
-        self._image_mask = image_mask
+    def __init__(self, image_mask: Callable[[Tensor], Tensor], questions: Questions | None = None):
+        self._image_mask, self._questions = image_mask, questions
+        self._question: Tensor | None = None  # (B, tokens of the prompt)
+        self._words: tuple[tuple[Word, ...], ...] | None = None
         self._image: Tensor | None = None  # (B, tokens so far)
         self._real: Tensor | None = None  # the same without padding
         self._made: dict[tuple[int, int, int], Spans] = {}
@@ -48,6 +54,8 @@ class KeySpans:
         self._real = torch.ones_like(self._image)
         if mask is not None and mask.shape == ids.shape:
             self._real = mask.bool()
+        if self._questions is not None:
+            self._question, self._words = self._questions(ids, self._real)
 
     def follow(self, ids: Tensor, seen: int) -> int:
         """Take the tokens of the next forward pass along, of which the cache holds ``seen`` before; gives the total."""
@@ -57,6 +65,7 @@ class KeySpans:
             times = ids.shape[0] // self._image.shape[0]
             self._image = self._image.repeat_interleave(times, dim=0)
             self._real = self._real.repeat_interleave(times, dim=0)
+            self._question = None if self._question is None else self._question.repeat_interleave(times, dim=0)
         fresh = total - self._image.shape[1]
         if fresh > 0:
             self._image = torch.cat([self._image, self._image_mask(ids[:, -fresh:])], dim=1)
@@ -73,8 +82,17 @@ class KeySpans:
             pad = (0, offset + length - stop)
             image = torch.nn.functional.pad(self._image[:, offset:stop], pad)
             real = torch.nn.functional.pad(self._real[:, offset:stop], pad)
-            self._made[key] = Spans(image, real & ~image)
+            self._made[key] = Spans(image, real & ~image, **self._asked(offset, length, stop))
         return self._made[key]
+
+    def _asked(self, offset: int, length: int, stop: int) -> dict[str, Any]:
+        """The question among ``length`` keys from ``offset`` on; what is generated belongs to no question."""
+        if self._question is None:
+            return {}
+        question = self._question[:, offset:stop]
+        question = torch.nn.functional.pad(question, (0, length - question.shape[1]))
+        places = torch.arange(offset, offset + length, device=question.device)
+        return {"question": question, "words": self._words, "places": places}
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .consistent_self_attention import ConsistentSelfAttention
     from .divide_and_bind import DivideAndBind
     from .focus import Focus
+    from .gaze_shift import GazeShift
+    from .gift import GIFT
     from .ir_diffusion import IRDiffusion
     from .pag import PAG
     from .seg import SEG
@@ -39,6 +41,8 @@ _SHIPPED = {
     "ConsistentSelfAttention": "consistent_self_attention",
     "DivideAndBind": "divide_and_bind",
     "Focus": "focus",
+    "GIFT": "gift",
+    "GazeShift": "gaze_shift",
     "IRDiffusion": "ir_diffusion",
     "PAG": "pag",
     "SEG": "seg",
@@ -52,6 +56,7 @@ _SHIPPED = {
 
 __all__ = [
     "CARVE",
+    "GIFT",
     "PAG",
     "SEG",
     "VHD",
@@ -62,6 +67,7 @@ __all__ = [
     "ConsistentSelfAttention",
     "DivideAndBind",
     "Focus",
+    "GazeShift",
     "IRDiffusion",
     "SharedSelfAttention",
     "SoftPAG",

@@ -20,13 +20,15 @@ from torch import Tensor
 from ..binding import ATTRIBUTE, Binding
 from ..edits import Edit, tile_rows
 from ..errors import NotReachedError, SteeringError
-from ..reacting import Reacts, Silent, limited
+from ..reacting import Reacts, Sharing, Silent, limited
 from ..scheduler import Rows, merge_edits, plans_of, wanted_sites
 from ..site import Phase, Site, Spans
 from ..spans import KeySpans
 from . import transformers_seam
 from .base import intercept
 from .decoders import core, refusals, sites
+from .questions import QuestionFinder
+from .survey import Surveyor
 from .vlm_families import lockstep_inputs, padding_id, vision_tokens
 from .vlm_inputs import cache_length, execution_device, kept_positions, length, on_device, undisturbed, with_answer
 
@@ -74,7 +76,7 @@ class LanguageSession:
     """
 
     def __init__(self, target: torch.nn.Module, rows: Rows, processor: Any = None):
-        reasons = refusals(target, rows)
+        reasons = refusals(target, rows, processor)
         if reasons:
             raise SteeringError(reasons)
         self.target, self.processor = target, processor
@@ -86,14 +88,21 @@ class LanguageSession:
         self._plans = plans_of(self._active)
         self._image_free = [plan for plan in self._plans if "image_free" in plan.processor.lanes]
         self._removal = next((plan.processor.removal for plan in self._image_free), "delete")  # refusals: one for all
-        self._modules = {site: self.model.get_submodule(site.name) for site in wanted_sites(self._active)}
+        surveys = [plan.survey for plan in self._plans if plan.survey is not None]
+        reached = wanted_sites((*self._active, surveys))
+        self._modules = {site: self.model.get_submodule(site.name) for site in reached}
         self._bindings = {site: Binding(site, phase="prefill") for site in self._modules}
+        self.surveyor = Surveyor(self.model, self._names, self._plans, self._bindings) if surveys else None
         on = {phase: {id(p): p.where.active(0, 1, phase=phase) for p in self._plans} for phase in PHASES}
         self._phased = on["prefill"] != on["decode"]
         self._tables = {phase: self._table(phase, on[phase]) for phase in PHASES}
-        needs_spans = any(plan.reacts and not plan.processor.token_agnostic for plan in self._plans)
+        looking = [plan.processor for plan in (*self._plans, *surveys) if plan.reacts]
         self._tokens = vision_tokens(self.model.config, processor)
-        self._spans = KeySpans(self._tokens.image_mask) if needs_spans else None
+        marker = next((p.marker for p in looking if p.marker), "")  # refusals: one for all
+        asked = {"question", "words"} & {need for p in looking for need in p.needs}
+        questions = QuestionFinder(self._tokens, processor, marker) if asked else None
+        needs_spans = asked or not all(p.token_agnostic for p in looking)
+        self._spans = KeySpans(self._tokens.image_mask, questions) if needs_spans else None
         self._restore: list[Callable[[], None]] = []
         self._reached = False
         self._generating = False
@@ -134,7 +143,8 @@ class LanguageSession:
             for plan in self._plans:
                 if plan.reacts and site in plan.selection:
                     if on[id(plan)]:
-                        reactors.append((limited(plan, site, self._active, device), plan.states[site]))
+                        reacts = Sharing(limited(plan, site, self._active, device), plan.shared)
+                        reactors.append((reacts, plan.states[site]))
                     elif phase == "prefill" and plan in self._image_free:
                         reactors.append((Silent(plan.processor), plan.states[site]))
             table[site] = (merge_edits(rows, site, device), tuple(reactors))
@@ -211,11 +221,17 @@ class LanguageSession:
                 f"{len(self.rows)} variants cannot be dealt to {batch} prompts: give one prompt per variant."
             )
         for plan in self._plans:
-            for state in plan.states.values():
+            for state in (*plan.states.values(), plan.shared):
                 state.clear()
         self._set_phase("prefill")
         if self._spans is not None:
             self._spans.begin(given.get("input_ids"), given.get("attention_mask"))
+        if self.surveyor is not None and self._spans is not None:
+            inside, self._inside = self._inside, True
+            try:
+                self.surveyor.run(given, self._spans)
+            finally:
+                self._inside = inside
         if self._image_free:
             self.reference_pass(given)
 
