@@ -248,7 +248,7 @@ def refusals(
     if language:
         from .hosts import causal_lm
 
-        return reasons + causal_lm.refusals(models[0], rows)
+        return reasons + causal_lm.refusals(models[0], rows, processor)
     from .hosts import denoisers, nurse
 
     steps = getattr(target, "scheduler", None) if pipeline else scheduler

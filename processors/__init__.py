@@ -19,12 +19,16 @@ if TYPE_CHECKING:
     from .consistent_self_attention import ConsistentSelfAttention
     from .divide_and_bind import DivideAndBind
     from .focus import Focus
+    from .icd import ICD
+    from .image_contrast import ImageContrast
     from .ir_diffusion import IRDiffusion
+    from .m3id import M3ID
     from .pag import PAG
     from .seg import SEG
     from .shared_self_attention import SharedSelfAttention
     from .softpag import SoftPAG
     from .syngen import SynGen
+    from .vcd import VCD
     from .vhd import VHD
     from .vhr import VHR
 
@@ -36,19 +40,26 @@ _SHIPPED = {
     "ConsistentSelfAttention": "consistent_self_attention",
     "DivideAndBind": "divide_and_bind",
     "Focus": "focus",
+    "ICD": "icd",
     "IRDiffusion": "ir_diffusion",
+    "ImageContrast": "image_contrast",
+    "M3ID": "m3id",
     "PAG": "pag",
     "SEG": "seg",
     "SharedSelfAttention": "shared_self_attention",
     "SoftPAG": "softpag",
     "SynGen": "syngen",
+    "VCD": "vcd",
     "VHD": "vhd",
     "VHR": "vhr",
 }
 
 __all__ = [
+    "ICD",
+    "M3ID",
     "PAG",
     "SEG",
+    "VCD",
     "VHD",
     "VHR",
     "AStar",
@@ -58,6 +69,7 @@ __all__ = [
     "DivideAndBind",
     "Focus",
     "IRDiffusion",
+    "ImageContrast",
     "SharedSelfAttention",
     "SoftPAG",
     "SynGen",

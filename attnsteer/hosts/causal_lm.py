@@ -26,6 +26,7 @@ from ..site import Phase, Site, Spans
 from ..spans import KeySpans
 from . import transformers_seam
 from .base import intercept
+from .contrast import Contrasts, edited
 from .decoders import core, refusals, sites
 from .vlm_families import lockstep_inputs, padding_id, vision_tokens
 from .vlm_inputs import cache_length, execution_device, kept_positions, length, on_device, undisturbed, with_answer
@@ -74,7 +75,7 @@ class LanguageSession:
     """
 
     def __init__(self, target: torch.nn.Module, rows: Rows, processor: Any = None):
-        reasons = refusals(target, rows)
+        reasons = refusals(target, rows, processor)
         if reasons:
             raise SteeringError(reasons)
         self.target, self.processor = target, processor
@@ -86,13 +87,16 @@ class LanguageSession:
         self._plans = plans_of(self._active)
         self._image_free = [plan for plan in self._plans if "image_free" in plan.processor.lanes]
         self._removal = next((plan.processor.removal for plan in self._image_free), "delete")  # refusals: one for all
-        self._modules = {site: self.model.get_submodule(site.name) for site in wanted_sites(self._active)}
+        self._modules = {site: self.model.get_submodule(site.name) for site in wanted_sites(edited(self._active))}
         self._bindings = {site: Binding(site, phase="prefill") for site in self._modules}
         on = {phase: {id(p): p.where.active(0, 1, phase=phase) for p in self._plans} for phase in PHASES}
         self._phased = on["prefill"] != on["decode"]
         self._tables = {phase: self._table(phase, on[phase]) for phase in PHASES}
         needs_spans = any(plan.reacts and not plan.processor.token_agnostic for plan in self._plans)
         self._tokens = vision_tokens(self.model.config, processor)
+        self._contrasts = Contrasts(
+            self.model, self._active, self._tokens, processor, [*self._modules.values()]
+        )
         self._spans = KeySpans(self._tokens.image_mask) if needs_spans else None
         self._restore: list[Callable[[], None]] = []
         self._reached = False
@@ -107,7 +111,7 @@ class LanguageSession:
         self._set_phase("prefill")
         for site, module in self._modules.items():
             module.__dict__[ATTRIBUTE] = self._bindings[site]
-        if self._bindings:
+        if self._bindings or self._contrasts:
             for module in dict.fromkeys((self.model, self.target)):
                 self._restore.append(intercept(module, self._around))
             for name, handler in (("generate", self._generate), ("get_compiled_call", self._get_compiled_call)):
@@ -122,6 +126,7 @@ class LanguageSession:
             module.__dict__.pop(ATTRIBUTE, None)
         while self._restore:
             self._restore.pop()()
+        self._contrasts.forget()
 
     # ---- what to do at each site -------------------------------------------------------------------------------------
     def _table(self, phase: Phase, on: Mapping[int, bool]) -> Table:
@@ -148,7 +153,8 @@ class LanguageSession:
     # ---- the user's calls --------------------------------------------------------------------------------------------
     def _generate(self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._generating:  # an assisted generation asks the model itself for candidates
-            return plain(*args, **kwargs)
+            with self._contrasts.paused():
+                return plain(*args, **kwargs)
         given = {**dict(zip(inspect.signature(plain).parameters, args, strict=False)), **kwargs}
         if given.get("input_ids") is None:
             given["input_ids"] = given.get("inputs")
@@ -157,7 +163,8 @@ class LanguageSession:
         self._begin(given)
         self._left, self._generating = length(given) - cache_length(given), True
         try:
-            return plain(*args, **kwargs)
+            with self._contrasts.generating():
+                return plain(*args, **kwargs)
         finally:
             self._generating = False
             self._set_phase("prefill")
@@ -182,9 +189,11 @@ class LanguageSession:
                 self._begin(given)
         if self._spans is not None:
             self._follow(given, self._spans)
+        seen = cache_length(given) if self._contrasts else 0
         self._inside = True
         try:
             out = call(*args, **kwargs)
+            out = self._contrasts.applied(out, given, seen, self._generating)
         finally:
             self._inside = False
         self._check_reached()
@@ -214,6 +223,7 @@ class LanguageSession:
             for state in plan.states.values():
                 state.clear()
         self._set_phase("prefill")
+        self._contrasts.begin(given)
         if self._spans is not None:
             self._spans.begin(given.get("input_ids"), given.get("attention_mask"))
         if self._image_free:

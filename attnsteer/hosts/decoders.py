@@ -12,6 +12,7 @@ import torch
 
 from ..scheduler import Plan, Rows, plans_of
 from ..site import Site
+from . import contrast
 from .base import unwrap
 from .vlm_families import why_no_image_free_lane
 
@@ -31,8 +32,8 @@ def sites(model: torch.nn.Module) -> list[Site]:
     return found
 
 
-def refusals(model: torch.nn.Module, rows: Rows) -> list[str]:
-    """Why these plans cannot act on this model; empty where they can."""
+def refusals(model: torch.nn.Module, rows: Rows, processor: Any = None) -> list[str]:
+    """Why these plans cannot act on this model; empty where they can. ``processor``: the Hugging Face one."""
     model = core(model)
     name, reasons = type(model).__name__, []
     config: Any = model.config
@@ -50,7 +51,8 @@ def refusals(model: torch.nn.Module, rows: Rows) -> list[str]:
             "A paged attention implementation is selected: call model.set_attn_implementation('sdpa') first."
         )
     plans = plans_of(rows)
-    return reasons + [reason for plan in plans for reason in _plan_refusals(plan)] + _lane_refusals(config, plans)
+    reasons += [reason for plan in plans for reason in _plan_refusals(plan)] + _lane_refusals(config, plans)
+    return reasons + contrast.refusals(config, rows, processor)
 
 
 def _plan_refusals(plan: Plan) -> list[str]:
