@@ -1,9 +1,10 @@
 """Contrast of two predictions of the next token: what the second one is made from, and how the two are combined.
 
 A contrastive method lets the model predict every token twice, once from the prompt as it is and once from a
-*counterpart* that lacks what the answer should rest on: the prompt without its image, with noise on the picture, or with
-a disturbing instruction. Both rows get the same tokens. The host runs the second row (``hosts.contrast``); a processor
-names the counterpart (``Processor.contrast``) and combines the logits (``Processor.combine``) by the functions below.
+*counterpart* that lacks what the answer should rest on: the prompt without its image, with noise on the picture, or
+with a disturbing instruction. Both rows get the same tokens. The host runs the second row (``hosts.contrast``); a
+processor names the counterpart (``Processor.contrast``) and combines the logits (``Processor.combine``) by the
+functions below.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def amplified(logits: Tensor, other: Tensor, alpha: Strength, cutoff: Strength) 
 def extrapolated(logits: Tensor, other: Tensor, gamma: Strength, cutoff: Strength) -> Tensor:
     """``s_u + gamma (s_c - s_u)`` of log-probabilities, and ``-inf`` where ``s_c < log(cutoff) + max(s_c)``.
 
-    ``s_c = log_softmax(logits)`` is the prediction from the prompt, ``s_u = log_softmax(other)`` that without the image.
+    ``s_c = log_softmax(logits)`` is the prediction from the prompt, ``s_u = log_softmax(other)`` that without image.
     gamma = 1 gives ``s_c`` without a cut. Shapes as in ``amplified``. Source: Liu et al., ECCV 2024, arXiv 2407.21771.
     """
     with_image, without = wide(logits).log_softmax(-1), wide(other).log_softmax(-1)
@@ -80,7 +81,7 @@ def extrapolated(logits: Tensor, other: Tensor, gamma: Strength, cutoff: Strengt
 
 
 def plausible(logits: Tensor, cutoff: Strength) -> Tensor:
-    """Bool ``(..., V)``: tokens whose probability is at least ``cutoff`` times the largest. The best token always is."""
+    """Bool ``(..., V)``: tokens whose probability is at least ``cutoff`` times the largest; the best always is."""
     limit = torch.as_tensor(cutoff, dtype=logits.dtype, device=logits.device).log()
     return logits >= limit + logits.amax(-1, keepdim=True)
 

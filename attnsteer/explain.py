@@ -138,6 +138,14 @@ def _explanation(target: Any, rows: Any, refused: list[str], shape: Mapping[str,
     if any("image_free" in plan.processor.lanes for row in live for plan in row):
         facts["extra"] = "one pass of the prompt with and without its image before each generation (2 rows a prompt)"
         facts["extra_rows"] = 2
+    second = {plan.processor.contrast() for row in live for plan in row} - {None}
+    if second:
+        lanes = f"for every token a second forward of all rows, {len(second)} in all" if len(second) > 1 else ""
+        facts["extra"] = "; ".join(
+            [facts[key] for key in ("extra",) if key in facts]
+            + [lanes or "for every token a second forward of all rows, with a cache of its own"]
+        )
+        facts["extra_rows"] = facts.get("extra_rows", 0) + len(second)
     nursing = [plan for row in live for plan in row if plan.nursing is not None]
     if nursing:
         facts["extra"] = (

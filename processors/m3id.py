@@ -9,8 +9,8 @@ t counts the generated tokens. A model forgets its picture as its text grows; th
 that. Paper: lambda = 0.02.
 
 Cost: that of ``ImageContrast``.
-Limits: UNCONFIRMED are the cut (taken from VCD), its beta, and whether the first token has t = 1 (here) or 0. The weight
-is 1.7 after 50 tokens, 6.4 after 100 and 28,000 after 512.
+Limits: UNCONFIRMED are the cut (taken from VCD), its beta, and whether the first token has t = 1 (here) or 0. The
+weight is 1.7 after 50 tokens, 6.4 after 100 and 28,000 after 512.
 """
 
 from __future__ import annotations

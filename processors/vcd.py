@@ -10,8 +10,8 @@ Every token is predicted twice, from the picture and from a noised copy of it, b
     l_vcd = (1 + alpha) l - alpha l'                    l, l': next-token logits with x and with x'
     l_vcd = -inf   where l < log(beta) + max(l)         tokens that the model itself finds implausible
 
-and ``l_vcd`` goes on to whatever ``generate`` does with logits. Paper: alpha = 1, beta = 0.1, t = 500, and sampling from
-the result at temperature 1 (``do_sample=True``); the language model's attention is not touched.
+and ``l_vcd`` goes on to whatever ``generate`` does with logits. Paper: alpha = 1, beta = 0.1, t = 500, and sampling
+from the result at temperature 1 (``do_sample=True``); the language model's attention is not touched.
 
 Cost: a second forward pass with a cache of its own for every token, and a second prefill.
 Limits: pictures (and tiles) of a batch get the same noise. Rows without a picture are left alone.

@@ -94,9 +94,7 @@ class LanguageSession:
         self._tables = {phase: self._table(phase, on[phase]) for phase in PHASES}
         needs_spans = any(plan.reacts and not plan.processor.token_agnostic for plan in self._plans)
         self._tokens = vision_tokens(self.model.config, processor)
-        self._contrasts = Contrasts(
-            self.model, self._active, self._tokens, processor, [*self._modules.values()]
-        )
+        self._contrasts = Contrasts(self.model, self._active, self._tokens, processor, [*self._modules.values()])
         self._spans = KeySpans(self._tokens.image_mask) if needs_spans else None
         self._restore: list[Callable[[], None]] = []
         self._reached = False

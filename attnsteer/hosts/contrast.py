@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -29,16 +29,20 @@ from ..processor import Processor
 from ..scheduler import Plan, Rows, plans_of
 from ..where import Where
 from .counterparts import counterpart_inputs, instruction_ids
-from .vlm_families import NOT_FOR_PREFILL, PIXELS, VisionTokens, padding_id, vision_tokens, why_no_image_free_lane
+from .vlm_families import NOT_FOR_PREFILL, PER_TOKEN, VisionTokens, padding_id, vision_tokens, why_no_image_free_lane
 from .vlm_inputs import cache_length, on_device, undisturbed
 
 Asked = list[tuple[Processor, tuple[bool, ...]]]
 """Who combines with a counterpart, and in which variants."""
+PER_ROW = ("attention_mask", "position_ids", *PER_TOKEN)
+KEPT = (*PER_ROW, "past_key_values", "use_cache")
+"""What decode steps need of the inputs."""
 
 
-def refusals(config: Any, rows: Rows, processor: Any = None) -> list[str]:
+def refusals(config: Any, rows: Sequence[Sequence[Plan]], processor: Any = None) -> list[str]:
     """Why the contrasts of these plans cannot be made on a model; empty where they can."""
-    plans = [plan for plan in plans_of(rows) if _contrasts(plan)]
+    rows = [[plan for plan in row if _contrasts(plan) and not plan.processor.inert] for row in rows]
+    plans = plans_of(rows)
     if not plans:
         return []
     reasons = why_no_image_free_lane(config)
@@ -51,7 +55,7 @@ def refusals(config: Any, rows: Rows, processor: Any = None) -> list[str]:
         if isinstance(what, Instructed) and not callable(_tokenizer(processor)):
             reasons.append(f"{name} writes into the prompt: give steer(..., processor=) the model's processor.")
     for row in rows:
-        names = [type(plan.processor).__name__ for plan in row if _contrasts(plan)]
+        names = [type(plan.processor).__name__ for plan in row]
         if len(names) > 1:
             reasons.append(f"{names[0]} and {names[1]} both choose the logits of a row: attach one of them.")
     return list(dict.fromkeys(reasons))
@@ -112,9 +116,16 @@ class _Branch:
         self._first = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
         self._records = False
 
-    def begin(self) -> Tensor:
-        """The prediction behind the prompt, ``(B, 1, V)``."""
-        return self._run(self._ids, is_first_iteration=True, **self._first)[:, -1:]
+    def begin(self, times: int) -> Tensor:
+        """The prediction behind the prompt, ``(B times, 1, V)``; beams repeat each row, here after the prefill."""
+        logits = self._run(self._ids, is_first_iteration=True, **self._first)[:, -1:]
+        self._kwargs = {name: value for name, value in self._kwargs.items() if name in KEPT}  # the picture is in
+        if times > 1:
+            self._kwargs["past_key_values"].batch_repeat_interleave(times)
+            for name in PER_ROW:
+                if isinstance(self._kwargs.get(name), Tensor):  # (B, N), or (3, B, N) of positions in a picture
+                    self._kwargs[name] = self._kwargs[name].repeat_interleave(times, dim=-2)
+        return logits.repeat_interleave(times, dim=0)
 
     def feed(self, tokens: Tensor) -> Tensor:
         """The predictions behind each of ``T`` more tokens, ``(B, T, V)``."""
@@ -131,7 +142,7 @@ class _Branch:
 
     def crop(self, tokens: int) -> None:
         self._kwargs["past_key_values"].crop(-tokens)
-        for name in ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids"):
+        for name in PER_ROW:
             if isinstance(self._kwargs.get(name), Tensor):
                 self._kwargs[name] = self._kwargs[name][..., :-tokens]
 
@@ -260,9 +271,7 @@ class Contrasts:
             state, others = self._follow(ids.to(self._model.device), _cache_of(out, given), seen, generating)
         return out if state is None else _replaced(out, given, self._combined(out, given, state, others))
 
-    def _follow(
-        self, ids: Tensor, cache: Any, seen: int, generating: bool
-    ) -> tuple[_State | None, list[Tensor]]:
+    def _follow(self, ids: Tensor, cache: Any, seen: int, generating: bool) -> tuple[_State | None, list[Tensor]]:
         """Run the counterparts on the tokens of this pass; their predictions ``(B, T, V)``, or None in the middle of a
         prompt."""
         state = None if cache is None else self._states.get(cache)
@@ -292,11 +301,8 @@ class Contrasts:
 
     def _begin(self, state: _State, rows: int) -> list[Tensor]:
         """Build and start the counterparts of a prompt, whose rows beams may have repeated."""
-        inputs, others = dict(state.prompt.inputs), []
+        inputs, others = state.prompt.inputs, []
         times = rows // inputs["input_ids"].shape[0]
-        if times > 1:
-            ids, inputs = self._model._expand_inputs_for_generation(expand_size=times, **inputs)
-            inputs["input_ids"] = ids
         pad = padding_id(self._model.config, self._tokens)
         has_image = state.prompt.has_image.repeat_interleave(times)
         for what, asked in self._asked.items():
@@ -306,7 +312,7 @@ class Contrasts:
             made = counterpart_inputs(inputs, what, self._tokens, pad, self._tokenizer)
             with undisturbed(self._model):
                 branch = _Branch(self._model, made, self._names)
-                others.append(branch.begin())
+                others.append(branch.begin(times))
             state.branches.append((branch, on))
         return others
 
