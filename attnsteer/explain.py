@@ -140,11 +140,9 @@ def _explanation(target: Any, rows: Any, refused: list[str], shape: Mapping[str,
         facts["extra_rows"] = 2
     second = {plan.processor.contrast() for row in live for plan in row} - {None}
     if second:
-        lanes = f"for every token a second forward of all rows, {len(second)} in all" if len(second) > 1 else ""
-        facts["extra"] = "; ".join(
-            [facts[key] for key in ("extra",) if key in facts]
-            + [lanes or "for every token a second forward of all rows, with a cache of its own"]
-        )
+        often = f", {len(second)} times" if len(second) > 1 else ""
+        more = f"for every token a second forward of all rows{often}, with a cache of its own"
+        facts["extra"] = f"{facts['extra']}; {more}" if "extra" in facts else more
         facts["extra_rows"] = facts.get("extra_rows", 0) + len(second)
     nursing = [plan for row in live for plan in row if plan.nursing is not None]
     if nursing:

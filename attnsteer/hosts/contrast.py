@@ -1,8 +1,9 @@
 """The second prediction of every token that contrastive methods ask for, inside the user's own calls.
 
 ``Contrasts`` stands behind a session. After each forward pass of the user's model it runs the counterpart of the same
-rows (``counterparts``) on the same new tokens and replaces the logits of the positions that predict an answer token. A
-counterpart has a cache of its own and goes through the model's own preparation for ``generate``, so it is what plain
+rows (``counterparts``) on the same new tokens and replaces the logits of the positions that predict an answer token.
+The user's rows and their counterparts are two passes and not one of twice the rows: their prompts differ in length, and
+the user's cache, whatever its kind, stays as plain generation leaves it. A counterpart has a cache of its own and goes through the model's own preparation for ``generate``, so it is what plain
 generation from that prompt would compute. It follows the user's cache: forced tokens, beams that change places, and
 candidates that assisted decoding takes back. Attention is edited in the user's rows alone.
 
@@ -199,7 +200,7 @@ class Contrasts:
         if not self._asked:
             return
         ids, mask = given.get("input_ids"), given.get("attention_mask")
-        reasons = _prompt_refusals(given, ids, mask)
+        reasons = _prompt_refusals(given, ids, mask, self._model.generation_config)
         if reasons:
             raise SteeringError(reasons)
         assert isinstance(ids, Tensor)
@@ -288,13 +289,13 @@ class Contrasts:
                 more = self._feed(state, answer, recording=True)
                 others = [torch.cat(pair, 1) for pair in zip(others, more, strict=True)]
             return state, others
-        if state is None:
+        surplus = 0 if state is None else state.fed - (seen - state.prompt.length)
+        if state is None or surplus < 0:
             raise SteeringError(
                 "This cache holds tokens that the contrast has not seen: start from the whole prompt while steered."
             )
         if not generating and bool(self._tokens.image_mask(ids).any()):
             raise SteeringError("A contrast takes no further picture behind the prompt: start from the whole prompt.")
-        surplus = state.fed - (seen - state.prompt.length)
         if surplus > 0:
             state.crop(surplus)
         return state, self._feed(state, ids, recording=ids.shape[1] > 1)
@@ -353,7 +354,7 @@ def _dealt(mine: Sequence[bool], rows: int, device: torch.device) -> Tensor:
     return torch.tensor(mine, device=device).repeat_interleave(rows // len(mine))
 
 
-def _prompt_refusals(given: Mapping[str, Any], ids: Any, mask: Any) -> list[str]:
+def _prompt_refusals(given: Mapping[str, Any], ids: Any, mask: Any, config: Any) -> list[str]:
     if not isinstance(ids, Tensor):
         return ["A contrast follows the tokens: call the model with input_ids, not inputs_embeds."]
     reasons = []
@@ -365,7 +366,7 @@ def _prompt_refusals(given: Mapping[str, Any], ids: Any, mask: Any) -> list[str]
         reasons.append("A contrast predicts at the last position: pad on the left (padding_side='left').")
     if cache_length(given) >= ids.shape[1]:
         reasons.append("The cache holds the whole prompt already: give the ids of the cached tokens and the new ones.")
-    scale = given.get("guidance_scale", getattr(given.get("generation_config"), "guidance_scale", None))
+    scale = given.get("guidance_scale", getattr(given.get("generation_config") or config, "guidance_scale", None))
     if scale not in (None, 1, 1.0):
         reasons.append(f"guidance_scale={scale!r} contrasts two prompts as well: leave it out, or detach.")
     return reasons
