@@ -142,6 +142,12 @@ def _explanation(target: Any, rows: Any, refused: list[str], shape: Mapping[str,
         survey = "one plain pass of the prompt before each generation (1 row a prompt)"
         facts["extra"] = f"{survey}; {facts['extra']}" if "extra" in facts else survey
         facts["extra_rows"] = facts.get("extra_rows", 0) + 1
+    second = {plan.processor.contrast() for row in live for plan in row} - {None}
+    if second:
+        often = f", {len(second)} times" if len(second) > 1 else ""
+        more = f"for every token a second forward of all rows{often}, with a cache of its own"
+        facts["extra"] = f"{facts['extra']}; {more}" if "extra" in facts else more
+        facts["extra_rows"] = facts.get("extra_rows", 0) + len(second)
     nursing = [plan for row in live for plan in row if plan.nursing is not None]
     if nursing:
         facts["extra"] = (

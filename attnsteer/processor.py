@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from .edits import Edit, Reaction
 from .errors import SteeringError
 from .nursing import Nursing, map_layers
 from .site import AttentionCall, Kind, Site
 from .where import Where
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .contrast import Counterpart
 
 P = TypeVar("P", bound="Processor")
 
@@ -21,8 +26,9 @@ class Processor:
     """Base of all methods: a frozen dataclass of the method's hyper-parameters.
 
     A method overrides ``plan`` where the edit does not depend on the data (asked once per site at attach), ``react``
-    where it does (asked in every kernel call), or ``nursing`` where it moves the latent instead (asked once at attach).
-    A method whose layers must know the whole prompt beforehand gives a ``survey``.
+    where it does (asked in every kernel call), ``nursing`` where it moves the latent instead (asked once at attach), or
+    ``contrast`` and ``combine`` where it compares two predictions of the next token. A method whose layers must know
+    the whole prompt beforehand gives a ``survey``.
     The class attributes say where the method may act:
 
     * ``kinds``: kinds of sites, in order of preference (see ``Where.select``);
@@ -93,6 +99,21 @@ class Processor:
         """Scale w of ``w * (cond - perturbed)`` at a scheduler timestep (methods with the ``perturbed`` lane)."""
         return 0.0
 
+    def contrast(self) -> Counterpart | None:
+        """What a second prediction of every token is made from (``attnsteer.contrast``); None where the method needs
+        none. A contrast edits no attention, and the second prediction is that of the plain model."""
+        return None
+
+    def combine(self, logits: Tensor, other: Tensor, step: Tensor) -> Tensor:
+        """The logits that the next token is chosen by (methods with a ``contrast``).
+
+        Args:
+            logits: ``(B, T, V)`` of the steered prompt, float32 or wider.
+            other: ``(B, T, V)`` of the counterpart.
+            step: ``(T,)`` int: how many tokens were generated before each of these predictions.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has a contrast, so it has to say how to combine it.")
+
     @property
     def token_agnostic(self) -> bool:
         """True where the edit holds without knowing which token is what (families without a descriptor)."""
@@ -149,6 +170,14 @@ def check_number(owner: Processor, name: str, low: float = -math.inf, high: floa
     ):
         upward = f" to {high:g}" if high < math.inf else " up"
         bounds = f"a number from {low:g}{upward}" if low > -math.inf else "a finite number"
+        raise SteeringError(f"{type(owner).__name__}({name}={value!r}) is out of range: allowed is {bounds}.")
+
+
+def check_integer(owner: Processor, name: str, low: int = 0, high: int | None = None) -> None:
+    """Refuse a parameter that is no int from ``low`` to ``high``."""
+    value = getattr(owner, name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        bounds = f"an int from {low}" + (" up" if high is None else f" to {high}")
         raise SteeringError(f"{type(owner).__name__}({name}={value!r}) is out of range: allowed is {bounds}.")
 
 

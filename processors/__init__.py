@@ -22,12 +22,16 @@ if TYPE_CHECKING:
     from .focus import Focus
     from .gaze_shift import GazeShift
     from .gift import GIFT
+    from .icd import ICD
+    from .image_contrast import ImageContrast
     from .ir_diffusion import IRDiffusion
+    from .m3id import M3ID
     from .pag import PAG
     from .seg import SEG
     from .shared_self_attention import SharedSelfAttention
     from .softpag import SoftPAG
     from .syngen import SynGen
+    from .vcd import VCD
     from .vhd import VHD
     from .vhr import VHR
     from .vicrop import ViCrop
@@ -43,12 +47,16 @@ _SHIPPED = {
     "Focus": "focus",
     "GIFT": "gift",
     "GazeShift": "gaze_shift",
+    "ICD": "icd",
     "IRDiffusion": "ir_diffusion",
+    "ImageContrast": "image_contrast",
+    "M3ID": "m3id",
     "PAG": "pag",
     "SEG": "seg",
     "SharedSelfAttention": "shared_self_attention",
     "SoftPAG": "softpag",
     "SynGen": "syngen",
+    "VCD": "vcd",
     "VHD": "vhd",
     "VHR": "vhr",
     "ViCrop": "vicrop",
@@ -57,8 +65,11 @@ _SHIPPED = {
 __all__ = [
     "CARVE",
     "GIFT",
+    "ICD",
+    "M3ID",
     "PAG",
     "SEG",
+    "VCD",
     "VHD",
     "VHR",
     "AStar",
@@ -69,6 +80,7 @@ __all__ = [
     "Focus",
     "GazeShift",
     "IRDiffusion",
+    "ImageContrast",
     "SharedSelfAttention",
     "SoftPAG",
     "SynGen",

@@ -26,6 +26,7 @@ from ..site import Phase, Site, Spans
 from ..spans import KeySpans
 from . import transformers_seam
 from .base import intercept
+from .contrast import Contrasts, edited
 from .decoders import core, refusals, sites
 from .questions import QuestionFinder
 from .survey import Surveyor
@@ -89,7 +90,7 @@ class LanguageSession:
         self._image_free = [plan for plan in self._plans if "image_free" in plan.processor.lanes]
         self._removal = next((plan.processor.removal for plan in self._image_free), "delete")  # refusals: one for all
         surveys = [plan.survey for plan in self._plans if plan.survey is not None]
-        reached = wanted_sites((*self._active, surveys))
+        reached = wanted_sites((*edited(self._active), surveys))
         self._modules = {site: self.model.get_submodule(site.name) for site in reached}
         self._bindings = {site: Binding(site, phase="prefill") for site in self._modules}
         self.surveyor = Surveyor(self.model, self._names, self._plans, self._bindings) if surveys else None
@@ -102,6 +103,7 @@ class LanguageSession:
         asked = {"question", "words"} & {need for p in looking for need in p.needs}
         questions = QuestionFinder(self._tokens, processor, marker) if asked else None
         needs_spans = asked or not all(p.token_agnostic for p in looking)
+        self._contrasts = Contrasts(self.model, self._active, self._tokens, processor, [*self._modules.values()])
         self._spans = KeySpans(self._tokens.image_mask, questions) if needs_spans else None
         self._restore: list[Callable[[], None]] = []
         self._reached = False
@@ -116,7 +118,7 @@ class LanguageSession:
         self._set_phase("prefill")
         for site, module in self._modules.items():
             module.__dict__[ATTRIBUTE] = self._bindings[site]
-        if self._bindings:
+        if self._bindings or self._contrasts:
             for module in dict.fromkeys((self.model, self.target)):
                 self._restore.append(intercept(module, self._around))
             for name, handler in (("generate", self._generate), ("get_compiled_call", self._get_compiled_call)):
@@ -131,6 +133,7 @@ class LanguageSession:
             module.__dict__.pop(ATTRIBUTE, None)
         while self._restore:
             self._restore.pop()()
+        self._contrasts.forget()
 
     # ---- what to do at each site -------------------------------------------------------------------------------------
     def _table(self, phase: Phase, on: Mapping[int, bool]) -> Table:
@@ -158,7 +161,8 @@ class LanguageSession:
     # ---- the user's calls --------------------------------------------------------------------------------------------
     def _generate(self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._generating:  # an assisted generation asks the model itself for candidates
-            return plain(*args, **kwargs)
+            with self._contrasts.paused():
+                return plain(*args, **kwargs)
         given = {**dict(zip(inspect.signature(plain).parameters, args, strict=False)), **kwargs}
         if given.get("input_ids") is None:
             given["input_ids"] = given.get("inputs")
@@ -167,7 +171,8 @@ class LanguageSession:
         self._begin(given)
         self._left, self._generating = length(given) - cache_length(given), True
         try:
-            return plain(*args, **kwargs)
+            with self._contrasts.generating():
+                return plain(*args, **kwargs)
         finally:
             self._generating = False
             self._set_phase("prefill")
@@ -192,9 +197,11 @@ class LanguageSession:
                 self._begin(given)
         if self._spans is not None:
             self._follow(given, self._spans)
+        seen = cache_length(given) if self._contrasts else 0
         self._inside = True
         try:
             out = call(*args, **kwargs)
+            out = self._contrasts.applied(out, given, seen, self._generating)
         finally:
             self._inside = False
         self._check_reached()
@@ -224,6 +231,7 @@ class LanguageSession:
             for state in (*plan.states.values(), plan.shared):
                 state.clear()
         self._set_phase("prefill")
+        self._contrasts.begin(given)
         if self._spans is not None:
             self._spans.begin(given.get("input_ids"), given.get("attention_mask"))
         if self.surveyor is not None and self._spans is not None:

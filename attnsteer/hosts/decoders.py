@@ -12,6 +12,7 @@ import torch
 
 from ..scheduler import Plan, Rows, plans_of
 from ..site import Site
+from . import contrast
 from .base import unwrap
 from .questions import tokenizer_of
 from .vlm_families import why_no_image_free_lane
@@ -51,8 +52,8 @@ def refusals(model: torch.nn.Module, rows: Rows, processor: Any = None) -> list[
             "A paged attention implementation is selected: call model.set_attn_implementation('sdpa') first."
         )
     plans = plans_of(rows)
-    reasons += [reason for plan in plans for reason in _plan_refusals(plan)]
-    return reasons + _lane_refusals(config, plans) + _question_refusals(plans, processor)
+    reasons += [reason for plan in plans for reason in _plan_refusals(plan)] + _lane_refusals(config, plans)
+    return reasons + _question_refusals(plans, processor) + contrast.refusals(config, rows, processor)
 
 
 def _plan_refusals(plan: Plan) -> list[str]:

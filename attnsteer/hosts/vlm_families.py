@@ -55,6 +55,8 @@ here)."""
 WHOLE_PROMPT_IN_BOTH_DIRECTIONS = ("paligemma",)
 """By ``model_type``: every token of the prompt sees every other one."""
 PIXELS = ("pixel_values", "pixel_values_videos", "pixel_values_images", "image_patches", "mm_encoder_outputs")
+PACKED = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
+"""Where pixels come as one list of patches ``(P, D)`` of all pictures: the input that says how many each has."""
 NOT_FOR_PREFILL = (
     *("past_key_values", "cache", "use_cache", "cache_position", "position_ids", "inputs_embeds", "labels"),
     *("logits_to_keep", "num_logits_to_keep", "return_dict", "output_attentions", "output_hidden_states"),
