@@ -22,7 +22,7 @@ EMBEDDED: dict[str, dict[str, Any]] = {
     "world-sd": {"level": 0, "start_layer": 3, "mutual": 0.5},
     "world-sd3": {"start_layer": 3, "mutual": 0.0},
     "world-flux": {"start_layer": 3, "mutual": 0.0},
-    "world-llava": {"final_images": "refined"},
+    "world-llava": {"final_images": "refined", "suffix": ""},
 }
 """The embedded models, and the parameters that fit them where a method's default is meant for larger ones."""
 
