@@ -176,7 +176,7 @@ def test_the_small_world_is_scored_by_its_own_annotations(tmp_path: Path, capsys
     path, kept = write(tmp_path / "said.jsonl", said), tmp_path / "objects.json"
     report = score(capsys, "chair", "--captions", path, *truth, "--write-objects", kept)
     assert values(report, "captions")["chair_s"] == 0 and values(report, "captions")["recall"] == 1
-    assert report["settings"]["ground_truth"] == "instances and captions"
+    assert report["settings"]["ground_truth"] == "instances and captions (lemmatiser rules)"
     again = score(capsys, "chair", "--captions", path, "--objects", kept)
     assert again["parts"] == report["parts"]
     (tmp_path / "words.txt").write_text("dog, puppy\n")

@@ -108,6 +108,7 @@ def _images(given: Rows) -> set[str]:
 
 def _ground_truth(given: argparse.Namespace, vocabulary: Vocabulary) -> tuple[dict[str, set[str]], str]:
     from ..metrics import files, objects
+    from ..metrics.words import LEMMATISER
 
     annotations = [path for path in (given.instances, given.captions_gt) if path]
     if bool(annotations) == bool(given.objects):
@@ -116,7 +117,8 @@ def _ground_truth(given: argparse.Namespace, vocabulary: Vocabulary) -> tuple[di
         return objects.ready(files.document(given.objects), vocabulary), "objects"
     documents = [files.document(path) if path else None for path in (given.instances, given.captions_gt)]
     kinds = [name for name, path in (("instances", given.instances), ("captions", given.captions_gt)) if path]
-    return objects.present(documents[0], documents[1], vocabulary), " and ".join(kinds)
+    truth = " and ".join(kinds) + (f" (lemmatiser {LEMMATISER})" if given.captions_gt else "")
+    return objects.present(documents[0], documents[1], vocabulary), truth
 
 
 # ---- POPE ------------------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def of_category(questions: Rows, answers: Rows, category: str) -> Rows:
 
 def _unfolded(given: Rows) -> Rows:
     """Six questions in one line (lists of texts, labels, answers, as in dialogues) become six lines."""
-    if not any(isinstance(row.get("text", row.get("answer")), list) for _, row in given):
+    if not any(isinstance(row.get(name), list) for _, row in given for name in ("text", "label", "answer")):
         return given
     found = Rows(given.path, problems=given.problems)
     for row, place in zip(given.rows, given.places, strict=True):

@@ -1,8 +1,10 @@
 """From files to counts: what ``attnsteer score`` does, as functions (POPE's is in ``matching``).
 
-captions = files.rows("captions.jsonl")
-result = score_captions(captions, ready(files.document("objects.json"), COCO))
-result.table["chair_i"].value, result.problems
+    captions = files.rows("captions.jsonl")
+    result = score_captions(captions, ready(files.document("objects.json"), COCO))
+    result.table["chair_i"].value, result.problems
+
+Nothing is left out in silence: a line that cannot be used is among the problems.
 """
 
 from __future__ import annotations
