@@ -59,7 +59,9 @@ def add(subparsers: Any) -> None:
     add("--tasks", type=_tasks, default=list(TASKS), metavar="TASKS", help=f"of {','.join(TASKS)} (default: all)")
     add("--limit", type=positive, help=f"pictures of each task (default: all; {LIMIT} of the small world)")
     add("--batch-size", type=positive, default=16, help="samples at once, times the methods (default: 16)")
-    add("--max-new-tokens", type=positive, help="of descriptions (default: 512; 64 for the small world)")
+    tokens = "of an answer (default: 512 for descriptions, 64 of the small world; 32 for questions)"
+    add("--max-new-tokens", type=positive, help=tokens)
+    add("--draws", type=positive, default=10_000, help="samples of the bootstrap (default: 10000)")
     add("--verify-batch", type=positive, metavar="K", help="ask K samples of each task again, alone: how many change")
     add("--output", default="outputs/compare", metavar="DIR", help="for answers and report (default: outputs/compare)")
     group = parser.add_argument_group("real pictures")
@@ -95,7 +97,7 @@ def run(given: argparse.Namespace) -> int:
         if missing > len(errors) and count > 1:
             print(f"process {rank} is done; others have {missing} answers left", file=sys.stderr)
             return 1 if errors else 0
-        found = results(comparison, given.model, given.seed)
+        found = results(comparison, given.model, given.seed, given.draws)
         if given.verify_batch:
             sizes = {task.name: min(given.verify_batch, len(task.samples)) for task in wanted}
             found["verified"] = {**comparison.verify(given.verify_batch, given.seed), "samples": sizes}
@@ -177,7 +179,7 @@ def tasks(given: argparse.Namespace) -> list[Task]:
     limit, found = given.limit or (LIMIT if given.images is None else None), []
     for name in given.tasks:
         task = made[name]()
-        if name == "chair" and given.max_new_tokens:
+        if given.max_new_tokens:
             task = replace(task, max_new_tokens=given.max_new_tokens)
         if name == "chair" and given.prompt:
             task = replace(task, samples=[replace(sample, prompt=given.prompt) for sample in task.samples])

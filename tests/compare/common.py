@@ -15,7 +15,7 @@ from attnsteer.compare import Answerer, Answers, Comparison, Method, with_contro
 from attnsteer.processors import VHR
 from attnsteer.world.train import llava
 
-TOKENS = 4
+TOKENS = 3
 METHODS = with_controls([Method("VHR", (VHR(),)), Method("strong", (VHR(alpha=4.0),))], [])
 ROOT = Path(__file__).parents[2]
 
@@ -33,6 +33,7 @@ def answerer() -> Answerer:
     return Answerer(*tiny())
 
 
+@cache
 def tasks(scenes: int = 6) -> list[Any]:
     """Both tasks, with short answers."""
     made = (world.describe(scenes), world.exists(0, scenes))

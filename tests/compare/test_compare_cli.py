@@ -38,18 +38,19 @@ def run(*arguments: Any) -> int:
 def test_a_comparison_writes_a_report_and_goes_on(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["--model", model, "--limit", 3, "--batch-size", 2, "--max-new-tokens", 4, "--output", tmp_path / "out"]
+    command = ["--model", model, "--limit", 2, "--batch-size", 4, "--max-new-tokens", 3]
+    command += ["--draws", 100, "--output", tmp_path / "out"]
     steered = [*command, "--method", "vhr:alpha=3", "--method", "soft=vhr:alpha=1.5", "--controls", "random-heads"]
-    assert run(*steered, "--verify-batch", 2, "--json") == 0
+    assert run(*steered, "--verify-batch", 1, "--json") == 0
     report = json.loads(capsys.readouterr().out)
     labels = ["baseline", "vhr:alpha=3", "vhr:alpha=3, random-heads", "soft", "soft, random-heads"]
     assert [method["label"] for method in report["methods"]] == labels
-    assert report["verified"]["samples"] == {"chair": 2, "pope": 2}
+    assert report["verified"]["samples"] == {"chair": 1, "pope": 1}
     assert set(report["verified"]["pope"]) == set(labels)
     assert report["errors"] == 0
-    for task, questions in (("chair", 3), ("pope", 12)):
+    for task, questions in (("chair", 2), ("pope", 8)):
         assert report["tasks"][task]["samples"] == questions
-        assert report["tasks"][task]["groups"]["all"]["images"] == 3
+        assert report["tasks"][task]["groups"]["all"]["images"] == 2
         assert list(report["tasks"][task]["groups"]["all"]["methods"]) == labels
     assert all(Path(file).is_file() for file in report["files"])
     names = {Path(file).name for file in report["files"]}
@@ -65,7 +66,7 @@ def test_a_comparison_writes_a_report_and_goes_on(
     assert "Smallest difference of CHAIR_S" in printed
     assert (tmp_path / "out" / "answers-0.jsonl").read_bytes() == lines
     before = (tmp_path / "out" / "table.md").read_bytes()
-    assert run(*command, "--seed", 1) == 0
+    assert run(*command, "--tasks", "chair", "--seed", 1) == 0
     assert (tmp_path / "out" / "table.md").read_bytes() != before
     assert json.loads((tmp_path / "out" / "samples.json").read_text()) != chosen
 
@@ -74,7 +75,7 @@ def test_real_pictures_by_the_same_command(model: Path, tmp_path: Path, capsys: 
     assert main(["world", "export", str(tmp_path / "coco"), "--count", "4"]) == 0
     notes = tmp_path / "coco" / "annotations"
     files = ["--images", tmp_path / "coco" / "images", "--instances", notes / "instances_test.json"]
-    files += ["--captions-gt", notes / "captions_test.json", "--tasks", "chair", "--max-new-tokens", 3]
+    files += ["--captions-gt", notes / "captions_test.json", "--tasks", "chair", "--max-new-tokens", 3, "--draws", 100]
     capsys.readouterr()
     assert run("--model", model, *files, "--prompt", "What is it?", "--output", tmp_path / "out", "--json") == 0
     report = json.loads(capsys.readouterr().out)
@@ -94,7 +95,20 @@ def test_errors_are_told_and_counted(
             raise ValueError("a broken method")
         return plain(self, samples, methods, limit)
 
-    command = ["--model", model, "--limit", 1, "--tasks", "chair", "--max-new-tokens", 3, "--output", tmp_path]
+    command = [
+        "--model",
+        model,
+        "--limit",
+        1,
+        "--tasks",
+        "chair",
+        "--max-new-tokens",
+        3,
+        "--draws",
+        100,
+        "--output",
+        tmp_path,
+    ]
     with monkeypatch.context() as patch:
         patch.setattr(Answerer, "__call__", failing)
         assert run(*command) == 1

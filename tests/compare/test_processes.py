@@ -17,7 +17,7 @@ from attnsteer.cli import main
 from .common import METHODS, ROOT, environment, finished, outputs, tasks, tiny
 from .test_run import entries, keys
 
-SCENES = 16
+SCENES = 12
 SCRIPT = """
 import os
 import sys

@@ -176,7 +176,7 @@ def test_a_changed_setting_uses_no_old_line(tmp_path: Path) -> None:
 
 # ---- interruptions ---------------------------------------------------------------------------------------------------
 def test_a_killed_comparison_goes_on_and_counts_nothing_twice(tmp_path: Path) -> None:
-    out, scenes = tmp_path / "out", 24
+    out, scenes = tmp_path / "out", 12
     file = tmp_path / "run.py"
     file.write_text(SCRIPT.format(root=str(ROOT), out=str(out), scenes=scenes))
     wanted = len(METHODS) * scenes
