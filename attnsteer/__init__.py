@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .attach import Steering, attach, detach, sites, steer
     from .attend import attend
     from .capture import Capture
-    from .edits import ClassMask, Edit, KeyBias, Mix, RowKeys, Scale, Segments
+    from .edits import ClassMask, Edit, KeyBias, Mix, Replace, RowKeys, Scale, Segments
     from .errors import NotReachedError, SteeringError, WhereError
     from .explain import Explanation, explain
     from .lanes import Lane
@@ -38,6 +38,7 @@ __all__ = [
     "Mix",
     "NotReachedError",
     "Processor",
+    "Replace",
     "RowKeys",
     "Scale",
     "Segments",
@@ -69,6 +70,7 @@ _MODULE_OF = {
     "Mix": "edits",
     "NotReachedError": "errors",
     "Processor": "processor",
+    "Replace": "edits",
     "RowKeys": "edits",
     "Scale": "edits",
     "Segments": "edits",

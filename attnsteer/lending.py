@@ -24,7 +24,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from .binding import Binding
-from .edits import ClassMask, Edit, KeyBias, Mix, Reaction, RowKeys, Segments, Sources
+from .edits import ClassMask, Edit, KeyBias, Mix, Reaction, Replace, RowKeys, Segments, Sources
 from .reacting import Reacts
 from .scheduler import Plan, plans_of
 from .site import AttentionCall, Site, expand_rows
@@ -114,6 +114,8 @@ def of_rows(edit: Edit, rows: tuple[int, ...], index: Tensor, batch: int) -> Edi
     if isinstance(edit, Segments):
         bias, keys, queries, positions = map(maybe, (edit.bias, edit.keys, edit.queries, edit.positions))
         return Segments(read(edit.source), edit.weight, bias, keys, queries, positions)
+    if isinstance(edit, Replace):
+        return replace(edit, query=pick(edit.query))
     if isinstance(edit, ClassMask):
         return replace(edit, classes=edit.classes.of_rows(rows, batch))
     if isinstance(edit, Mix) and isinstance(edit.target, RowKeys):
