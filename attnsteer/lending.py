@@ -10,7 +10,8 @@ Were its sources the perturbed rows of the story, each row's guidance would also
 did to the other pictures, and a row could not be guided alone. What is asked for (masks, draws, weights) is what the
 conditional row was asked for: the processor answers to the shape of the conditional call once more.
 
-Cost: keys and values of the sharing sites live until the scheduler steps, ``2 B Hkv Nk D`` numbers each.
+Cost: keys and values of the sharing sites live until the scheduler steps, ``2 B Hkv Nk D`` numbers each; ``explain``
+tells how many bytes that is.
 Limit: not tested under ``torch.compile``; perturbed and conditional batches differ in size, and graphs for any size
 break where sources are read, so the number of graphs is not bounded.
 """
