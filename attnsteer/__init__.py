@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from .edits import ClassMask, Edit, KeyBias, Mix, Replace, RowKeys, Scale, Segments
     from .errors import NotReachedError, SteeringError, WhereError
     from .explain import Explanation, explain
+    from .inversion import invert
     from .lanes import Lane
     from .processor import Processor
+    from .references import noised_references
+    from .rehearsal import rehearse
     from .site import AttentionCall, Site, Spans
     from .variants import Variant, run_variants
     from .where import Where
@@ -54,6 +57,9 @@ __all__ = [
     "attend",
     "detach",
     "explain",
+    "invert",
+    "noised_references",
+    "rehearse",
     "run_variants",
     "sites",
     "steer",
@@ -85,6 +91,9 @@ _MODULE_OF = {
     "attend": "attend",
     "detach": "attach",
     "explain": "explain",
+    "invert": "inversion",
+    "noised_references": "references",
+    "rehearse": "rehearsal",
     "run_variants": "variants",
     "sites": "attach",
     "steer": "attach",
