@@ -18,13 +18,16 @@ if TYPE_CHECKING:
     from .attach import Steering, attach, detach, sites, steer
     from .attend import attend
     from .capture import Capture
-    from .edits import ClassMask, Edit, KeyBias, Mix, RowKeys, Scale, Segments
+    from .edits import ClassMask, Edit, KeyBias, Mix, Replace, RowKeys, Scale, Segments
     from .errors import NotReachedError, SteeringError, WhereError
     from .explain import Explanation, explain
     from .heat import AnswerMaps, HeatMaps, answer_maps, heat_maps
     from .hosts.replay import Prefill, prefill
+    from .inversion import invert
     from .lanes import Lane
     from .processor import Processor
+    from .references import noised_references
+    from .rehearsal import rehearse
     from .site import AttentionCall, Site, Spans
     from .variants import Variant, run_variants
     from .where import Where
@@ -43,6 +46,7 @@ __all__ = [
     "NotReachedError",
     "Prefill",
     "Processor",
+    "Replace",
     "RowKeys",
     "Scale",
     "Segments",
@@ -60,7 +64,10 @@ __all__ = [
     "detach",
     "explain",
     "heat_maps",
+    "invert",
+    "noised_references",
     "prefill",
+    "rehearse",
     "run_variants",
     "sites",
     "steer",
@@ -80,6 +87,7 @@ _MODULE_OF = {
     "NotReachedError": "errors",
     "Prefill": "hosts.replay",
     "Processor": "processor",
+    "Replace": "edits",
     "RowKeys": "edits",
     "Scale": "edits",
     "Segments": "edits",
@@ -97,6 +105,9 @@ _MODULE_OF = {
     "explain": "explain",
     "heat_maps": "heat",
     "prefill": "hosts.replay",
+    "invert": "inversion",
+    "noised_references": "references",
+    "rehearse": "rehearsal",
     "run_variants": "variants",
     "sites": "attach",
     "steer": "attach",

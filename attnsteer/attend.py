@@ -1,6 +1,6 @@
 """``attend``: one attention call with edits, lowered onto fused kernels. No ``Nq x Nk`` map is ever built here.
 
-Four phases, keyed by the type of edit:
+``Replace`` first makes another call of it. Then four phases, keyed by the type of edit:
 
 1. ``INPUTS``: q, k, v or the mask change before the user's kernel runs (``ClassMask``, ``KeyBias`` on all queries);
 2. ``ROWS``: single query rows of the kernel's output are recomputed (``KeyBias`` on the last query);
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from . import segments, targets
 from .classes import mask_classes
-from .edits import ORDER, ClassMask, Edit, KeyBias, MeanValue, Mix, OwnValue, RowKeys, Scale, Segments
+from .edits import ORDER, ClassMask, Edit, KeyBias, MeanValue, Mix, OwnValue, Replace, RowKeys, Scale, Segments
 from .errors import SteeringError
 from .logits import compute_dtype, row_attention
 from .site import AttentionCall, expand_rows
@@ -49,6 +49,10 @@ def attend(call: AttentionCall, edits: Sequence[Edit]) -> Tensor:
     reasons += conflicts(edits)
     if reasons:
         raise SteeringError(reasons)
+    for edit in edits:
+        if isinstance(edit, Replace):
+            call = replace_queries(call, edit)
+    edits = [edit for edit in edits if not isinstance(edit, Replace)]
     output, steered = call.output, call
     joining = [edit for edit in edits if isinstance(edit, Segments)]
     for edit in edits:
@@ -81,6 +85,12 @@ def refusals(call: AttentionCall, edit: Edit) -> list[str]:
         return _shape_reasons(call, edit.weight.shape, (heads,), "Mix.weight") + targets.refusals(call, edit)
     if isinstance(edit, Scale):
         return _shape_reasons(call, edit.weight.shape, (heads,), "Scale.weight")
+    if isinstance(edit, Replace):
+        reasons = _shape_reasons(call, edit.weight.shape, (heads,), "Replace.weight")
+        given, wanted = tuple(edit.query.shape), tuple(call.q.shape)
+        if given != wanted:
+            reasons.append(f"Replace.query has shape {given}; the queries of {call.site.name!r} have {wanted}.")
+        return reasons
     if isinstance(edit, Segments):
         return _shape_reasons(call, edit.weight.shape, (heads,), "Segments.weight") + segments.refusals(call, edit)
     if isinstance(edit, ClassMask):
@@ -118,9 +128,8 @@ def _class_reasons(call: AttentionCall, edit: ClassMask) -> list[str]:
 
 def _mask_reasons(call: AttentionCall, edits: Sequence[Edit]) -> list[str]:
     """Edits that look at logits must be able to read the mask; own values and scales need not."""
-    blind = all(
-        isinstance(e, Scale) or (isinstance(e, Mix) and (e.target, e.path) == (OwnValue(), "linear")) for e in edits
-    )
+    seeing = [e for e in edits if not isinstance(e, (Scale, Replace))]
+    blind = all(isinstance(e, Mix) and (e.target, e.path) == (OwnValue(), "linear") for e in seeing)
     mask: object = None if blind else call.mask
     if mask is None:
         return []
@@ -163,6 +172,14 @@ def _meet(masks: Sequence[ClassMask]) -> bool:
     """Whether a row and head has several masks. Looks at values, in the rare case of several masks alone."""
     rows = max(edit.weight.shape[0] for edit in masks)
     return bool(sum((expand_rows(edit.weight, rows) != 0).int() for edit in masks).gt(1).any())  # type: ignore
+
+
+# ---- before all phases -----------------------------------------------------------------------------------------------
+def replace_queries(call: AttentionCall, edit: Replace) -> AttentionCall:
+    """The call with other queries; those of a row and head of weight 0 keep their bits."""
+    weight = _weight(edit.weight, call.q)
+    blend = torch.lerp(call.q.to(weight.dtype), edit.query.to(weight.dtype), weight).to(call.q.dtype)
+    return replace(call, q=torch.where(weight != 0, blend, call.q))
 
 
 # ---- phase 1: inputs -------------------------------------------------------------------------------------------------

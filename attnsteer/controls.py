@@ -49,7 +49,7 @@ class Astray(Processor):
     method: Processor | None = None
     seed: int = 0
 
-    kinds: ClassVar[tuple[Kind, ...]] = ("cross", "joint")
+    kinds: ClassVar[tuple[Kind, ...]] = ()  # each object has those of its method
 
     def __post_init__(self) -> None:
         if self.method is None or self.method.nursing() is None:
@@ -57,6 +57,7 @@ class Astray(Processor):
             raise SteeringError(f"Astray(method=...) needs a method that moves the latent; {name} does not.")
         if self.where != Where():
             raise SteeringError("Astray acts where its method does: give the method a where, and Astray none.")
+        object.__setattr__(self, "kinds", self.method.kinds)
 
     @property
     def inert(self) -> bool:

@@ -4,8 +4,8 @@ Every weight is a float32 tensor whose first axis is the batch row (or 1 for all
 that variants of a method share one kernel call. A weight of 0 leaves that row and head untouched, bit for bit.
 
 Order of composition at one site (``ORDER``): replace q, k, v; then masks and biases; then further key segments;
-then ``Mix``; then ``Scale``. ``Replace``, ``LogitEdit`` and ``Redistribute`` join this table together with the first
-method that needs them.
+then ``Mix``; then ``Scale``. ``LogitEdit`` and ``Redistribute`` join this table together with the first method that
+needs them.
 
 Edits that read other rows of the batch (``Segments``, ``Mix`` toward ``RowKeys``) name them by position, so they come
 from ``react``, which sees the batch. Their ``source`` is a plain tuple: rows that read nothing cost nothing.
@@ -82,6 +82,19 @@ Target: TypeAlias = OwnValue | MeanValue | MeanQuery | BlurredQuery | ArgmaxValu
 
 
 @dataclass(frozen=True, eq=False)
+class Replace:
+    """Other queries: ``q <- lerp(q, query, weight)``. All other edits of the call see the new ones.
+
+    Args:
+        query: ``(B, H, Nq, D)``, e.g. of another pass on the same rows.
+        weight: ``(R, H)`` float32 in [0, 1]; 0 leaves a row and head alone.
+    """
+
+    query: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Mix:
     """``output = lerp(output, target, weight)`` on the chosen query tokens.
 
@@ -155,10 +168,10 @@ class Segments:
     positions: Tensor | None = None
 
 
-Edit: TypeAlias = ClassMask | KeyBias | Segments | Mix | Scale
+Edit: TypeAlias = Replace | ClassMask | KeyBias | Segments | Mix | Scale
 Reaction: TypeAlias = Edit | tuple[Edit, ...] | None
 """What a processor answers to a call."""
-ORDER: tuple[type, ...] = (ClassMask, KeyBias, Segments, Mix, Scale)
+ORDER: tuple[type, ...] = (Replace, ClassMask, KeyBias, Segments, Mix, Scale)
 
 
 def sources(edit: Edit) -> Sources | None:
@@ -176,6 +189,8 @@ def _key(edit: Edit) -> tuple[object, ...]:
         return (Mix, edit.target, edit.tokens, edit.path)
     if isinstance(edit, KeyBias):
         return (KeyBias, edit.queries, tuple(edit.bias.shape[1:]))
+    if isinstance(edit, Replace):
+        return (Replace, id(edit.query))
     return (ClassMask, edit.classes) if isinstance(edit, ClassMask) else (Scale,)
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from .edits import Edit, Reaction
 from .errors import SteeringError
-from .nursing import Nursing, map_layers
+from .nursing import Moment, Nursing, map_layers
 from .site import AttentionCall, Kind, Site
+from .steps import StepEnd
 from .where import Where
 
 if TYPE_CHECKING:
@@ -90,6 +91,20 @@ class Processor:
         no chat template that says so."""
         return ""
 
+    def plain_first(self, moment: Moment) -> bool:
+        """Whether the model runs once more before its forward in this step, plainly and on the same rows, so that
+        ``note`` can look (diffusion pipelines)."""
+        return False
+
+    def note(self, call: AttentionCall, moment: Moment) -> None:
+        """Leave in ``call.state`` what ``react`` shall know of one kernel call of that plain forward."""
+
+    def after_step(self, states: Mapping[Site, dict[str, Any]], end: StepEnd) -> None:
+        """A step in which the method acted is over: turn what its sites saw into what they use in the next one.
+
+        Outside of the model, so that the host may wait for the device here (diffusion pipelines).
+        """
+
     def nursing(self) -> Nursing | None:
         """A loss on the maps of words that the latent follows before each step (``attnsteer.nursing``); None where the
         method has none."""
@@ -122,6 +137,11 @@ class Processor:
     @property
     def inert(self) -> bool:
         """True where the parameters make the method a no-op (strength 0): the engine then leaves the model alone."""
+        return False
+
+    @property
+    def finds_words(self) -> bool:
+        """True where ``after_step`` looks for words in the prompt."""
         return False
 
     @property

@@ -11,7 +11,7 @@ import attnsteer
 from attnsteer import Where
 from attnsteer.controls import HEADS, Astray, Elsewhere, all_heads, random_heads, shuffled, spread
 from attnsteer.errors import SteeringError
-from attnsteer.processors import VHR, AStar, AttendAndExcite, SoftPAG
+from attnsteer.processors import VHR, AStar, AttendAndExcite, Focus, SoftPAG
 from tests.nursed import LEVEL, PROMPTS, WORDS, generate
 from tests.tiny import pipelines, vlms
 
@@ -24,6 +24,11 @@ def test_shuffled_keeps_values_and_norm_and_loses_the_direction():
     assert torch.equal(found, shuffled(gradient, 0, 3))
     assert not torch.equal(found, shuffled(gradient, 0, 4))
     assert not torch.equal(found, shuffled(gradient, 1, 3))
+
+
+def test_astray_acts_on_the_kinds_of_its_method():
+    assert Astray(method=AttendAndExcite(subjects=WORDS)).kinds == AttendAndExcite.kinds
+    assert Astray(method=Focus(subjects=WORDS)).kinds == Focus.kinds != AttendAndExcite.kinds
 
 
 @pytest.fixture(scope="module", params=["sd15", "flux"])
