@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -30,7 +30,10 @@ class Processor:
       its image, in lock-step, before generation);
     * ``reads_only``: ``react`` only looks and never gives an edit, so that it goes with guidance;
     * ``reads_rows``: ``react`` reads other rows of the batch, so that no row may run without them;
-    * ``needs``: what ``react`` must know beyond the order of tokens: ``"grid"`` or ``"rotary"`` of ``Spans``.
+    * ``needs``: what ``react`` must know beyond the order of tokens: ``"grid"`` or ``"rotary"`` of ``Spans``, or the
+      ``"residual"`` stream entering each layer of a language model; who reads that sees every prompt, also outside its
+      ``steps``;
+    * ``samples``: edits of the kinds that ``react`` gives, so that pairs that do not compose are refused at attach.
     """
 
     where: Where = Where()
@@ -40,6 +43,7 @@ class Processor:
     reads_only: ClassVar[bool] = False
     reads_rows: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ()
+    samples: ClassVar[tuple[Edit, ...]] = ()
 
     def where_for(self, sites: Sequence[Site]) -> Where:
         """The selection on a model; methods whose default depends on the number of layers override it."""
@@ -75,6 +79,13 @@ class Processor:
     def inert(self) -> bool:
         """True where the parameters make the method a no-op (strength 0): the engine then leaves the model alone."""
         return False
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What the host shall find out about the model or the picture, by name, with parameters; ``call.state`` then
+        holds it under that name in every generation. Language models know ``"massive_channels"`` (the ratio to the RMS
+        from which a channel of the residual stream counts) and ``"cls_attention"`` (layers of the vision tower)."""
+        return {}
 
     @property
     def removal(self) -> str:

@@ -21,10 +21,14 @@ if TYPE_CHECKING:
     from .focus import Focus
     from .ir_diffusion import IRDiffusion
     from .pag import PAG
+    from .pai import PAI
+    from .paint import PAINT
     from .seg import SEG
     from .shared_self_attention import SharedSelfAttention
     from .softpag import SoftPAG
     from .syngen import SynGen
+    from .vaf import VAF
+    from .var import VAR
     from .vhd import VHD
     from .vhr import VHR
 
@@ -38,17 +42,25 @@ _SHIPPED = {
     "Focus": "focus",
     "IRDiffusion": "ir_diffusion",
     "PAG": "pag",
+    "PAI": "pai",
+    "PAINT": "paint",
     "SEG": "seg",
     "SharedSelfAttention": "shared_self_attention",
     "SoftPAG": "softpag",
     "SynGen": "syngen",
+    "VAF": "vaf",
+    "VAR": "var",
     "VHD": "vhd",
     "VHR": "vhr",
 }
 
 __all__ = [
     "PAG",
+    "PAI",
+    "PAINT",
     "SEG",
+    "VAF",
+    "VAR",
     "VHD",
     "VHR",
     "AStar",
