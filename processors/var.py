@@ -28,6 +28,7 @@ unchanged or slightly worse. Several pictures count as one image (ours).
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class VAR(Processor):
         where: layers (decoder layers from 0) and heads, and ``steps`` (``"prefill"``, ``"decode"``, ``"all"``). None
             takes layers 2 to L - 2.
         fraction: share t of the sinks' attention that moves, 0 to 1. Paper: 0.6; release: 0.4. At 0 the method is off.
-        tau: threshold of phi, from 0 up. Paper: 20. Above 0.6 sqrt(width) there is a warning.
+        tau: threshold of phi, from 0 up, or ``math.inf``. Paper: 20. Above 0.6 sqrt(width) there is a warning.
         rho: least share of image attention that is not on sinks, from 0 up; above 1 nothing is selected. Paper: 0.8
             (general), 0.5 (hallucination), 0.9 (vision-centric).
         floor: least attention on the image, 0 to 1. Paper: 0.2.
@@ -74,7 +75,8 @@ class VAR(Processor):
 
     def __post_init__(self) -> None:
         check_number(self, "fraction", 0, 1)
-        check_number(self, "tau", 0)
+        if self.tau != math.inf:
+            check_number(self, "tau", 0)
         check_number(self, "rho", 0)
         check_number(self, "floor", 0, 1)
         if self.channels is not None:
