@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .attach import Steering, attach, detach, sites, steer
     from .attend import attend
     from .capture import Capture
-    from .edits import ClassMask, Edit, KeyBias, Mix, RowKeys, Scale, Segments
+    from .edits import ClassMask, Edit, KeyBias, LogitEdit, Mix, Redistribute, RowKeys, Scale, Segments
     from .errors import NotReachedError, SteeringError, WhereError
     from .explain import Explanation, explain
     from .lanes import Lane
@@ -35,9 +35,11 @@ __all__ = [
     "Explanation",
     "KeyBias",
     "Lane",
+    "LogitEdit",
     "Mix",
     "NotReachedError",
     "Processor",
+    "Redistribute",
     "RowKeys",
     "Scale",
     "Segments",
@@ -65,10 +67,12 @@ _MODULE_OF = {
     "Edit": "edits",
     "Explanation": "explain",
     "KeyBias": "edits",
+    "LogitEdit": "edits",
     "Lane": "lanes",
     "Mix": "edits",
     "NotReachedError": "errors",
     "Processor": "processor",
+    "Redistribute": "edits",
     "RowKeys": "edits",
     "Scale": "edits",
     "Segments": "edits",

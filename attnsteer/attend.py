@@ -14,6 +14,7 @@ compiled call serves every strength with one graph.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -38,6 +39,7 @@ from .edits import (
     RowKeys,
     Scale,
     Segments,
+    acting_rows,
 )
 from .errors import SteeringError
 from .logits import compute_dtype
@@ -177,16 +179,7 @@ def conflicts(edits: Sequence[Edit]) -> list[str]:
     if any(isinstance(edit, LogitEdit) for edit in edits):
         for other in (looks + masks + segmented + [e for e in mixes if e.target == MeanValue()])[:1]:
             refuse("LogitEdit", other, "")
-    moves = [e for e in edits if isinstance(e, Redistribute)]
-    changers: list[Edit] = [e for e in edits if isinstance(e, (KeyBias, LogitEdit, ClassMask, Segments))]
-    for changer in changers[:1] if moves else ():
-        refuse("Redistribute", changer, "")
-    for other in partial[:1] if moves else ():
-        refuse("Redistribute", other, ", or the own value as target and path='linear'")
-    if len(moves) > 1:
-        reasons.append("Two Redistribute edits at one site do not compose: choose different layers.")
-    if sum(isinstance(e, LogitEdit) and e.form == "signed" for e in edits) > 1:
-        reasons.append("Two signed LogitEdits at one site do not compose: choose different layers.")
+    reasons += _meeting_conflicts(edits, partial)
     for other in (looks + [e for e in mixes if e.target == MeanValue()])[:1] if masks else ():
         refuse("ClassMask", other, ", or a target that reads no map")
     for other in partial[:1] if any(isinstance(edit, Segments) for edit in edits) else ():  # it knows own keys alone
@@ -194,6 +187,32 @@ def conflicts(edits: Sequence[Edit]) -> list[str]:
     if len(masks) > 1 and _meet(masks):
         reasons.append("Two ClassMasks on one row and head do not compose: make one table of both.")
     return reasons
+
+
+def _meeting_conflicts(edits: Sequence[Edit], partial: Sequence[Edit]) -> list[str]:
+    """Pairs that do not compose where they meet in a row; rows of a batch may have one each."""
+    moves = [e for e in edits if isinstance(e, Redistribute)]
+    signed = [e for e in edits if isinstance(e, LogitEdit) and e.form == "signed"]
+    changers = [e for e in edits if isinstance(e, (KeyBias, LogitEdit, ClassMask, Segments))]
+    reasons = []
+    for other in [e for e in (*changers, *partial) if any(_same_row(e, move) for move in moves)][:1]:
+        name = f"Mix({other.target})" if isinstance(other, Mix) else type(other).__name__
+        reasons.append(f"Redistribute and {name} do not compose at one site: choose different layers.")
+    for same in (moves, signed):
+        if any(_same_row(one, two) for i, one in enumerate(same) for two in same[:i]):
+            name = "Redistribute" if same is moves else "signed LogitEdit"
+            reasons.append(f"Two {name} edits at one site do not compose: choose different layers.")
+    return reasons
+
+
+def _same_row(one: Edit, two: Edit) -> bool:
+    """Whether two edits act on one row. Looks at values, where both are there alone; compiled code trusts ``attach``,
+    which has looked at what each row was given."""
+    if torch.compiler.is_compiling():
+        return False
+    acts = [acting_rows(edit) for edit in (one, two)]
+    rows = math.lcm(*(len(act) for act in acts))
+    return bool((expand_rows(acts[0], rows) & expand_rows(acts[1], rows).to(acts[0].device)).any())
 
 
 def _meet(masks: Sequence[ClassMask]) -> bool:

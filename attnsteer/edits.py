@@ -218,6 +218,15 @@ def map_tensors(edit: Edit, change: Callable[[Tensor], Tensor]) -> Edit:
     return _with_tensors(edit, {name: change(tensor) for name, tensor in _tensors(edit).items()})
 
 
+def acting_rows(edit: Edit) -> Tensor:
+    """Bool ``(R,)``: the rows in which an edit does anything."""
+    acts = (_tensor(edit) != 0).flatten(1).any(1)
+    if isinstance(edit, LogitEdit) and edit.heads is not None:
+        heads = edit.heads.flatten(1).any(1)
+        acts = acts & heads if len(heads) == len(acts) else acts.any() & heads
+    return acts
+
+
 def _tensors(edit: Edit) -> dict[str, Tensor]:
     """The per-row tensors of an edit by name, the strength first."""
     found = {name: getattr(edit, name) for name in _PER_ROW.get(type(edit), ("weight",))}

@@ -44,7 +44,7 @@ class PAI(Processor):
     alpha: float = 0.5
 
     kinds: ClassVar = ("causal",)
-    samples: ClassVar = (LogitEdit(torch.zeros(1, 1, 1), "absolute"),)
+    samples: ClassVar = (LogitEdit(torch.ones(1, 1, 1), "absolute"),)
 
     def __post_init__(self) -> None:
         check_number(self, "alpha", 0, 1)

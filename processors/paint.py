@@ -62,7 +62,7 @@ class PAINT(Processor):
     local_ratio: float = 0.25
 
     kinds: ClassVar = ("causal",)
-    samples: ClassVar = (LogitEdit(torch.zeros(1, 1, 1), "absolute"),)
+    samples: ClassVar = (LogitEdit(torch.ones(1, 1, 1), "absolute"),)
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "local_ratio"):

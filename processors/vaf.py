@@ -55,7 +55,7 @@ class VAF(Processor):
     head_fraction: float = 1.0
 
     kinds: ClassVar = ("causal",)
-    samples: ClassVar = (LogitEdit(torch.zeros(1, 1, 1), "signed"),)
+    samples: ClassVar = (LogitEdit(torch.ones(1, 1, 1), "signed"),)
 
     def __post_init__(self) -> None:
         check_number(self, "alpha", 0, 1)

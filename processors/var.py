@@ -71,7 +71,7 @@ class VAR(Processor):
 
     kinds: ClassVar = ("causal",)
     needs: ClassVar = ("residual",)
-    samples: ClassVar = (Redistribute(torch.zeros(1, 1).bool(), torch.zeros(1, 1).bool(), torch.zeros(1, 1, 1)),)
+    samples: ClassVar = (Redistribute(torch.zeros(1, 1).bool(), torch.zeros(1, 1).bool(), torch.ones(1, 1, 1)),)
 
     def __post_init__(self) -> None:
         check_number(self, "fraction", 0, 1)
