@@ -64,7 +64,7 @@ def image_keys(call: AttentionCall) -> Tensor:
     """Bool ``(B, Nk)``: the image tokens among the keys."""
     assert call.spans is not None
     assert isinstance(call.spans.image, Tensor)
-    return call.spans.image
+    return call.spans.image.to(call.q.device)  # layers of one model may live on several devices
 
 
 def layers_from(sites: Sequence[Site], first: int, omit_last: int = 0) -> list[int]:

@@ -97,7 +97,7 @@ class PAINT(Processor):
         lanes = max(1, len(call.lanes))
         gain = expand_rows(call.state["gain"], call.q.shape[0] // lanes).to(call.q.device)
         gain = torch.cat([gain] * lanes)
-        patch = call.spans.reading.image_index.clamp(max=gain.shape[1] - 1)
+        patch = call.spans.reading.image_index.to(gain.device).clamp(max=gain.shape[1] - 1)
         weight = torch.where(image_keys(call), gain.gather(1, patch), 0.0)
         return LogitEdit(weight[:, None], "absolute")
 

@@ -72,7 +72,7 @@ class VAF(Processor):
     def react(self, call: AttentionCall) -> Edit:
         assert call.spans is not None
         assert call.spans.reading is not None
-        image, system = image_keys(call), call.spans.reading.before_image
+        image, system = image_keys(call), call.spans.reading.before_image.to(call.q.device)
         weight = self.alpha * image.float() - self.beta * system.float()
         heads = None if self.head_fraction == 1 else looking_heads(key_mass(call, image), self.head_fraction)
         return LogitEdit(weight[:, None], "signed", call.spans.reading.after_image, heads)

@@ -111,38 +111,41 @@ class VAR(Processor):
         return [f"VAR(channels={self.channels}) names a channel that a residual stream of width {site.width} has not."]
 
     def react(self, call: AttentionCall) -> Edit | None:
-        seen = self._sinks(call)
+        positions, marked, prompt_image = self._sinks(call)
         assert call.spans is not None
         assert call.spans.reading is not None
-        image, sinks = image_keys(call), on_keys(*seen, call.spans.reading.keys)
+        image, sinks = image_keys(call), on_keys(positions, marked, call.spans.reading.keys.to(call.q.device))
         visual, others = image & sinks, image & ~sinks
         others_mass, visual_mass = key_mass(call, others), key_mass(call, visual)
         chosen = selected(others_mass, visual_mass, self.rho, self.floor)
-        chosen = chosen & visual.any(-1)[:, None, None] & call.spans.reading.after_image[:, None]
+        behind = call.spans.reading.after_image.to(call.q.device)
+        any_visual = (marked & prompt_image).any(-1)  # in the prompt, also where a window has lost it since
+        chosen = chosen & any_visual[:, None, None] & behind[:, None]
         return Redistribute(sinks, others, torch.where(chosen, self.fraction, 0.0))
 
-    def _sinks(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        """Positions ``(P,)`` of the prompt so far and bool ``(B, P)``, which are sinks; kept from the prompt on."""
+    def _sinks(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions ``(P,)`` of the prompt so far and bool ``(B, P)``, which are sinks and which image; kept from the
+        prompt on."""
         if call.phase == "decode":
             if "sinks" not in call.state:
                 raise SteeringError("VAR has not seen this prompt: call the steered model or its generate().")
-            return call.state["positions"], call.state["sinks"]
+            return call.state["positions"], call.state["sinks"], call.state["image"]
         assert call.residual is not None
         assert call.spans is not None
         assert call.spans.reading is not None
         reading, prompt = call.spans.reading, call.q.shape[2] - max(0, call.predicts - 1)  # guessed tokens are none
-        positions = reading.queries[:prompt]
+        positions = reading.queries[:prompt].to(call.q.device)
         channels = call.state["massive_channels"] if self.channels is None else self.channels
-        column = positions - reading.keys[0]
+        column = positions - reading.keys[0].to(call.q.device)
         image, text = (keys.index_select(1, column) for keys in (image_keys(call), text_keys(call)))
         sinks = (phi(call.residual[:, :prompt], channels) > self.tau) & (image | text)
         if call.lanes:  # a pass beside the generation, of the whole prompt: nothing to keep
-            return positions, sinks
+            return positions, sinks, image
         if "sinks" in call.state and call.state["open"]:
             positions = torch.cat([call.state["positions"], positions])
             sinks, image = (torch.cat([call.state[n], x], 1) for n, x in (("sinks", sinks), ("image", image)))
         call.state.update(positions=positions, sinks=sinks, image=image, open=call.predicts == 0)
-        return positions, sinks
+        return positions, sinks, image
 
 
 # ---- what was found --------------------------------------------------------------------------------------------------
@@ -202,4 +205,4 @@ def text_keys(call: AttentionCall) -> Tensor:
     """Bool ``(B, Nk)``: the text tokens among the keys, without padding."""
     assert call.spans is not None
     assert isinstance(call.spans.text, Tensor)
-    return call.spans.text
+    return call.spans.text.to(call.q.device)

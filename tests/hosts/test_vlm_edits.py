@@ -85,7 +85,8 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def scores(model: Any, inputs: dict[str, Any], **options: Any) -> Tensor:
-    settings = {**GREEDY, "output_logits": True, "return_dict_in_generate": True, **options}
+    special = list(range(vlms.VIDEO + 1))  # a random model would write image tokens
+    settings = {**GREEDY, "suppress_tokens": special, "output_logits": True, "return_dict_in_generate": True, **options}
     return torch.stack(model.generate(**inputs, **settings).logits)
 
 
@@ -115,6 +116,38 @@ def test_beams_equal_beams_of_one_prompt(method: str) -> None:
         for row in range(2):
             alone = model.generate(**vlms.row(inputs, row), **GREEDY, num_beams=2)
             assert torch.equal(alone[0, -5:], together[row])
+
+
+@pytest.fixture(scope="module")
+def shipped() -> tuple[Any, Any]:
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    from attnsteer.world import assets
+
+    try:
+        folder = assets.path("models/world-llava")
+    except FileNotFoundError as error:
+        pytest.skip(f"model not trained here: {error}")
+    return LlavaForConditionalGeneration.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("method", ["VAR", "VAF", "PAI", "PAINT"])
+def test_the_embedded_model_answers_a_batch_as_it_answers_one_by_one(shipped: tuple[Any, Any], method: str) -> None:
+    from attnsteer.world import sampling
+
+    model, processor = shipped
+    questions = ["Please describe this image in detail.", "Is there a dog in the image?"]
+    texts = [f"USER: <image>\n{question} ASSISTANT:" for question in questions]
+    pictures = [sampling.sample(number).image() for number in (7, 8)]
+    options = {"max_new_tokens": 12, "do_sample": False}
+    both = processor(images=pictures, text=texts, padding=True, padding_side="left", return_tensors="pt")
+    steered = METHODS[method]
+    with attnsteer.steer(model, steered):
+        together = model.generate(**both, **options)[:, both["input_ids"].shape[1] :]
+        for row in range(2):
+            one = processor(images=pictures[row], text=texts[row], return_tensors="pt")
+            alone = model.generate(**one, **options)[0, one["input_ids"].shape[1] :]
+            assert torch.equal(alone, together[row, : len(alone)])
 
 
 def echo(make: Any) -> dict[str, Any]:

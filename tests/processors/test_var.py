@@ -64,7 +64,8 @@ def row_call(weights: list[float]) -> AttentionCall:
     image = torch.tensor([[False, False, True, True, True, False]])
     spans = spans_of(image, torch.ones_like(image), queries=(5, 6), keys=(0, 5))
     call.spans, call.phase = spans, "decode"
-    call.state = {"positions": torch.arange(5), "sinks": torch.tensor([[True, False, True, False, False]])}
+    sinks = torch.tensor([[True, False, True, False, False]])
+    call.state = {"positions": torch.arange(5), "sinks": sinks, "image": image[:, :5]}
     return call
 
 
