@@ -95,7 +95,8 @@ class PAINT(Processor):
             local, summary = token_sets(first, last, self.local_ratio)
             call.state["gain"] = self.alpha * local.float() + self.beta * summary.float()  # (B, patches)
         lanes = max(1, len(call.lanes))
-        gain = expand_rows(call.state["gain"], call.q.shape[0] // lanes).to(call.q.device)
+        rows = call.q.shape[0] // lanes  # beams repeat the picture of their prompt
+        gain = expand_rows(call.state["gain"], rows).expand(rows, -1).to(call.q.device)
         gain = torch.cat([gain] * lanes)
         patch = call.spans.reading.image_index.to(gain.device).clamp(max=gain.shape[1] - 1)
         weight = torch.where(image_keys(call), gain.gather(1, patch), 0.0)
