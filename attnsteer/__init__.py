@@ -18,7 +18,18 @@ if TYPE_CHECKING:
     from .attach import Steering, attach, detach, sites, steer
     from .attend import attend
     from .capture import Capture
-    from .edits import ClassMask, Edit, KeyBias, Mix, Replace, RowKeys, Scale, Segments
+    from .edits import (
+        ClassMask,
+        Edit,
+        KeyBias,
+        LogitEdit,
+        Mix,
+        Redistribute,
+        Replace,
+        RowKeys,
+        Scale,
+        Segments,
+    )
     from .errors import NotReachedError, SteeringError, WhereError
     from .explain import Explanation, explain
     from .heat import AnswerMaps, HeatMaps, answer_maps, heat_maps
@@ -42,10 +53,12 @@ __all__ = [
     "HeatMaps",
     "KeyBias",
     "Lane",
+    "LogitEdit",
     "Mix",
     "NotReachedError",
     "Prefill",
     "Processor",
+    "Redistribute",
     "Replace",
     "RowKeys",
     "Scale",
@@ -82,11 +95,13 @@ _MODULE_OF = {
     "Explanation": "explain",
     "HeatMaps": "heat",
     "KeyBias": "edits",
+    "LogitEdit": "edits",
     "Lane": "lanes",
     "Mix": "edits",
     "NotReachedError": "errors",
     "Prefill": "hosts.replay",
     "Processor": "processor",
+    "Redistribute": "edits",
     "Replace": "edits",
     "RowKeys": "edits",
     "Scale": "edits",

@@ -25,7 +25,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from .binding import Binding
-from .edits import ClassMask, Edit, KeyBias, Mix, Reaction, Replace, RowKeys, Segments, Sources
+from .edits import ClassMask, Edit, Mix, Reaction, Replace, RowKeys, Segments, Sources, map_tensors
 from .reacting import Reacts
 from .scheduler import Plan, plans_of
 from .site import AttentionCall, Site, expand_rows
@@ -109,9 +109,7 @@ def of_rows(edit: Edit, rows: tuple[int, ...], index: Tensor, batch: int) -> Edi
     def read(source: Sources) -> Sources:
         return tuple(source[row] for row in rows)
 
-    if isinstance(edit, KeyBias):
-        return replace(edit, bias=pick(edit.bias))
-    edit = replace(edit, weight=pick(edit.weight))
+    edit = map_tensors(edit, pick)
     if isinstance(edit, Segments):
         bias, keys, queries, positions = map(maybe, (edit.bias, edit.keys, edit.queries, edit.positions))
         return Segments(read(edit.source), edit.weight, bias, keys, queries, positions)

@@ -42,8 +42,7 @@ class Processor:
       of Python; such a method cannot be attached;
     * ``last_row_only``: every edit changes the output of the last query row alone, so that prompts with one prefill can
       be shared (``attnsteer.prefill``);
-    * ``needs``: what ``react`` must know beyond the order of tokens: ``"grid"``, ``"rotary"``, ``"question"`` or
-      ``"words"`` (of the question; takes the tokenizer) of ``Spans``.
+    * ``samples``: edits of the kinds that ``react`` gives, so that pairs that do not compose are refused at attach.
     """
 
     where: Where = Where()
@@ -54,6 +53,7 @@ class Processor:
     reads_rows: ClassVar[bool] = False
     call: ClassVar[str] = ""
     last_row_only: ClassVar[bool] = False
+    samples: ClassVar[tuple[Edit, ...]] = ()
 
     def where_for(self, sites: Sequence[Site]) -> Where:
         """The selection on a model; methods whose default depends on the number of layers override it."""
@@ -82,7 +82,9 @@ class Processor:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What ``react`` must know of ``Spans`` beyond the order of tokens."""
+        """What ``react`` must know beyond the order of tokens: ``"grid"``, ``"rotary"``, ``"question"`` or ``"words"``
+        (of the question; takes the tokenizer) of ``Spans``, or the ``"residual"`` stream entering each layer of a
+        language model; who reads that sees every prompt, also outside its ``steps``."""
         return ()
 
     @property
@@ -143,6 +145,12 @@ class Processor:
     def finds_words(self) -> bool:
         """True where ``after_step`` looks for words in the prompt."""
         return False
+
+    def facts(self) -> Mapping[str, Any]:
+        """What the host shall find out about the model or the picture, by name, with parameters; ``call.state`` then
+        holds it under that name in every generation. Language models know ``"massive_channels"`` (the ratio to the RMS
+        from which a channel of the residual stream counts) and ``"cls_attention"`` (layers of the vision tower)."""
+        return {}
 
     @property
     def removal(self) -> str:

@@ -31,6 +31,7 @@ class Site:
         rotary: how positions turn queries and keys before the kernel: ``none``, ``pairs`` (pairs of channels, and the
             host can give ``Spans.rotary``), or ``unknown``.
         level: how often the latent was halved where the site works (UNets); None where all sites see one size.
+        width: width of the residual stream (language models); 0 where nobody asks.
     """
 
     name: str
@@ -43,6 +44,26 @@ class Site:
     order: tuple[str, ...] = ()
     rotary: Literal["none", "pairs", "unknown"] = "none"
     level: int | None = None
+    width: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """Where the queries and keys of a call stand in the whole prompt, however the cache keeps it: keys of a layer with
+    a sliding window start late, static caches end in empty slots, a prompt may come in chunks.
+
+    Attributes:
+        queries: ``(Nq,)`` and keys: ``(Nk,)`` positions from 0, padding counted.
+        before_image: ``(B, Nk)`` bool, text in front of the first image token.
+        after_image: ``(B, Nq)`` bool, queries behind the last image token of the prompt.
+        image_index: ``(B, Nk)``, how many image tokens of the row come before this key (its own number, if it is one).
+    """
+
+    queries: Tensor
+    keys: Tensor
+    before_image: Tensor
+    after_image: Tensor
+    image_index: Tensor
 
 
 class Word(NamedTuple):
@@ -66,6 +87,7 @@ class Spans:
             processor needs it (language models).
         words: for every row of the prompt the words of its question, where the tokenizer is known.
         places: int ``(N,)``, where in the prompt (counted with its padding) each key stands; goes with ``question``.
+        reading: where queries and keys stand in the prompt (language models).
     """
 
     image: slice | Tensor
@@ -75,6 +97,7 @@ class Spans:
     question: Tensor | None = None
     words: tuple[tuple[Word, ...], ...] | None = None
     places: Tensor | None = None
+    reading: Reading | None = None
 
 
 @dataclass(eq=False)
@@ -90,6 +113,9 @@ class AttentionCall:
     schedule as a 0-d int tensor (a plain int would make a compiled graph for each step), None where there is none.
     ``classes`` are the class masks that edits have put on the call. ``lent`` is the call of an earlier forward
     where edits that read rows mean the rows of that one (``attnsteer.lending``) and not those of this call.
+    ``predicts`` is how many of the last queries predict a new token: 1 for a prompt (its last row), 0 for a chunk that
+    does not end it, all of them in decode, where a step may check several guessed tokens at once. ``residual`` holds
+    the hidden states ``(B, Nq, width)`` that enter the layer, for methods with ``needs = ("residual",)``.
     """
 
     site: Site
@@ -108,6 +134,9 @@ class AttentionCall:
     step: Tensor | None = None
     classes: tuple[Any, ...] = ()
     lent: AttentionCall | None = None
+    predicts: int = 1
+    residual: Tensor | None = None
+    _parts: list[tuple[Tensor, Any]] = field(default_factory=list, init=False, repr=False)
     _output: Tensor | None = field(default=None, init=False, repr=False)
 
     @property
@@ -133,6 +162,14 @@ class AttentionCall:
         if not isinstance(self.visible, Tensor) and callable(self.visible):
             self.visible = self.visible()
         return self.visible
+
+    def part(self, keys: Tensor, make: Callable[[AttentionCall, Tensor], Any]) -> Any:
+        """``make(self, keys)``, computed once for each tensor that names a set of keys."""
+        found = next((made for known, made in self._parts if known is keys), None)
+        if found is None:
+            found = make(self, keys)
+            self._parts.append((keys, found))
+        return found
 
     @property
     def lender(self) -> AttentionCall:

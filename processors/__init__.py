@@ -27,10 +27,14 @@ if TYPE_CHECKING:
     from .ir_diffusion import IRDiffusion
     from .m3id import M3ID
     from .pag import PAG
+    from .pai import PAI
+    from .paint import PAINT
     from .seg import SEG
     from .shared_self_attention import SharedSelfAttention
     from .softpag import SoftPAG
     from .syngen import SynGen
+    from .vaf import VAF
+    from .var import VAR
     from .vcd import VCD
     from .vhd import VHD
     from .vhr import VHR
@@ -52,11 +56,15 @@ _SHIPPED = {
     "ImageContrast": "image_contrast",
     "M3ID": "m3id",
     "PAG": "pag",
+    "PAI": "pai",
+    "PAINT": "paint",
     "SEG": "seg",
     "SharedSelfAttention": "shared_self_attention",
     "SoftPAG": "softpag",
     "SynGen": "syngen",
     "VCD": "vcd",
+    "VAF": "vaf",
+    "VAR": "var",
     "VHD": "vhd",
     "VHR": "vhr",
     "ViCrop": "vicrop",
@@ -68,7 +76,11 @@ __all__ = [
     "ICD",
     "M3ID",
     "PAG",
+    "PAI",
+    "PAINT",
     "SEG",
+    "VAF",
+    "VAR",
     "VCD",
     "VHD",
     "VHR",

@@ -126,7 +126,7 @@ class GIFT(Processor):
         return head_refusals(site, self.enhanced_heads, "GIFT")
 
     def react(self, call: AttentionCall) -> KeyBias | None:
-        if call.lanes:
+        if call.lanes or call.predicts == 0:  # a chunk of the prompt that is not its last
             return None
         if "saliency" not in call.shared:
             raise SteeringError("GIFT has not seen this prompt: call the steered model or its generate().")
@@ -143,7 +143,7 @@ class GIFT(Processor):
             self.beta,
             head_count(call.q.shape[1], self.enhanced_heads),
         )
-        return KeyBias(bias[:, :, -1], queries="last")
+        return KeyBias(bias, queries="last")
 
     def _alpha(self, site: Site) -> float:
         if self.alpha is not None:
@@ -152,8 +152,9 @@ class GIFT(Processor):
 
 
 def predicting_rows(call: AttentionCall) -> slice:
-    """The query rows that predict a token, which are the rows that the method steers: the last one."""
-    return slice(call.q.shape[2] - 1, call.q.shape[2])
+    """The query rows that predict a token, which are the rows that the method steers."""
+    total = call.q.shape[2]
+    return slice(total - min(call.predicts, total), total)
 
 
 # ---- the formulas ----------------------------------------------------------------------------------------------------

@@ -23,11 +23,13 @@ from ..errors import NotReachedError, SteeringError
 from ..reacting import Reacts, Sharing, Silent, limited
 from ..scheduler import Rows, merge_edits, plans_of, wanted_sites
 from ..site import Phase, Site, Spans
-from ..spans import KeySpans
+from ..spans import KeySpans, spans_of
 from . import transformers_seam
 from .base import intercept
 from .contrast import Contrasts, edited
-from .decoders import core, refusals, sites
+from .decoders import core, layer_of, refusals, sites
+from .facts import ClassAttention, watch_residual
+from .massive import massive_channels
 from .questions import QuestionFinder
 from .survey import Surveyor
 from .vlm_families import lockstep_inputs, padding_id, vision_tokens
@@ -109,12 +111,15 @@ class LanguageSession:
         self._reached = False
         self._generating = False
         self._inside = False
+        self._facts: dict[int, dict[str, Any]] = {}  # what plans asked for, by their id
+        self._towers: list[ClassAttention] = []
         self._left = 0  # tokens of the running generation's prompt that no forward pass has taken yet
 
     # ---- life --------------------------------------------------------------------------------------------------------
     def start(self) -> None:
         """Arm, bind and intercept."""
         transformers_seam.arm()
+        self._find_out()
         self._set_phase("prefill")
         for site, module in self._modules.items():
             module.__dict__[ATTRIBUTE] = self._bindings[site]
@@ -135,6 +140,21 @@ class LanguageSession:
             self._restore.pop()()
         self._contrasts.forget()
 
+    def _find_out(self) -> None:
+        """What processors ask of the host: facts of the model, now; what depends on the prompt, when it runs."""
+        for plan in self._plans:
+            wanted = plan.processor.facts
+            if "massive_channels" in wanted:
+                found = massive_channels(self.model, self._tokens, wanted["massive_channels"])
+                self._facts[id(plan)] = {"massive_channels": found}
+            if "cls_attention" in wanted:
+                tower = ClassAttention(self.model, self._tokens, wanted["cls_attention"], plan.states.values())
+                self._towers.append(tower)
+                self._restore.append(tower.start())
+        for site in wanted_sites([[plan for plan in self._plans if "residual" in plan.processor.needs]]):
+            layer = self.model.get_submodule(layer_of(site))
+            self._restore.append(watch_residual(layer, self._bindings[site]))
+
     # ---- what to do at each site -------------------------------------------------------------------------------------
     def _table(self, phase: Phase, on: Mapping[int, bool]) -> Table:
         """Static edits and reacting processors of every site in a phase; ``on`` says which plans act, by their id."""
@@ -148,10 +168,16 @@ class LanguageSession:
                     if on[id(plan)]:
                         reacts = Sharing(limited(plan, site, self._active, device), plan.shared)
                         reactors.append((reacts, plan.states[site]))
-                    elif phase == "prefill" and plan in self._image_free:
+                    elif phase == "prefill" and (plan in self._image_free or "residual" in plan.processor.needs):
                         reactors.append((Silent(plan.processor), plan.states[site]))
             table[site] = (merge_edits(rows, site, device), tuple(reactors))
         return table
+
+    def _set_predicts(self, new: int, left: int) -> None:
+        """Of ``new`` tokens, ``left`` of the prompt were missing before: the last of these predicts, and all behind it
+        (tokens that were guessed, or generated before where there is no cache)."""
+        for binding in self._bindings.values():
+            binding.predicts = min(new, max(0, new - max(left, 1) + 1))
 
     def _set_phase(self, phase: Phase) -> None:
         for site, binding in self._bindings.items():
@@ -192,9 +218,11 @@ class LanguageSession:
             )
         if not self._generating:
             fresh = cache_length(given) == 0
+            self._left = length(given) if fresh else 0
             self._set_phase("prefill" if fresh else "decode")
             if fresh:
                 self._begin(given)
+        self._set_predicts(length(given), self._left)
         if self._spans is not None:
             self._follow(given, self._spans)
         seen = cache_length(given) if self._contrasts else 0
@@ -227,9 +255,17 @@ class LanguageSession:
             raise SteeringError(
                 f"{len(self.rows)} variants cannot be dealt to {batch} prompts: give one prompt per variant."
             )
+        if cache_length(given) and any("residual" in plan.processor.needs for plan in self._plans):
+            raise SteeringError(
+                "The cache holds tokens of a prompt that was not steered, and a processor needs to see the whole one: "
+                "call generate() without past_key_values."
+            )
         for plan in self._plans:
             for state in (*plan.states.values(), plan.shared):
                 state.clear()
+                state.update(self._facts.get(id(plan), {}))
+        for tower in self._towers:
+            tower.begin(given)
         self._set_phase("prefill")
         self._contrasts.begin(given)
         if self._spans is not None:
@@ -296,7 +332,8 @@ class LanguageSession:
             both["logits_to_keep"] = 1
         batch = image.shape[0] // 2
         lanes = {"main": slice(0, batch), "image_free": slice(batch, 2 * batch)}
-        with self._in_lanes(lanes, Spans(image, text)), undisturbed(model), torch.no_grad():
+        self._set_predicts(image.shape[1], image.shape[1] - (0 if answer is None else answer.shape[1]))
+        with self._in_lanes(lanes, spans_of(image, image | text)), undisturbed(model), torch.no_grad():
             # past our own interception, and past a graph of the whole model, which serves the user's shapes
             torch.nn.Module._call_impl(model, **both, use_cache=False)
         self._check_reached()

@@ -2,11 +2,11 @@
 
 ``Contrasts`` stands behind a session. After each forward pass of the user's model it runs the counterpart of the same
 rows (``counterparts``) on the same new tokens and replaces the logits of the positions that predict an answer token.
-These are two passes and not one of twice the rows: the prompts differ in length, and the user's cache
-stays, whatever its kind, as plain generation leaves it. A counterpart has a cache of its own and goes through the model's own preparation
-for ``generate``, so it is what plain generation from that prompt would compute. It follows the user's cache: forced
-tokens, beams that change places, candidates that assisted decoding takes back. Attention is edited in the user's rows
-alone.
+These are two passes and not one of twice the rows: the prompts differ in length, and the user's cache stays, whatever
+its kind, as plain generation leaves it. A counterpart has a cache of its own and goes through the model's own
+preparation for ``generate``, so it is what plain generation from that prompt would compute. It follows the user's
+cache: forced tokens, beams that change places, candidates that assisted decoding takes back. Attention is edited in the
+user's rows alone.
 
 Cost: one more forward of all rows for each distinct counterpart (two where some rows noise the picture and others take
 it away), and a second cache. Counterparts are forgotten with the generation, or with the user's cache.

@@ -14,6 +14,7 @@ from ..scheduler import Plan, Rows, plans_of
 from ..site import Site
 from . import contrast
 from .base import unwrap
+from .facts import refusals as fact_refusals
 from .questions import tokenizer_of
 from .vlm_families import why_no_image_free_lane
 
@@ -29,7 +30,8 @@ def sites(model: torch.nn.Module) -> list[Site]:
     found: list[Site] = []
     for name, module in _attentions(core(model)):
         heads, kv_heads, head_dim = _shape(module)
-        found.append(Site(name, "causal", int(module.layer_idx), len(found), heads, kv_heads, head_dim))
+        width = int(module.config.hidden_size)
+        found.append(Site(name, "causal", int(module.layer_idx), len(found), heads, kv_heads, head_dim, width=width))
     return found
 
 
@@ -52,6 +54,7 @@ def refusals(model: torch.nn.Module, rows: Rows, processor: Any = None) -> list[
             "A paged attention implementation is selected: call model.set_attn_implementation('sdpa') first."
         )
     plans = plans_of(rows)
+    reasons += fact_refusals(model, plans)
     reasons += [reason for plan in plans for reason in _plan_refusals(plan)] + _lane_refusals(config, plans)
     return reasons + _question_refusals(plans, processor) + contrast.refusals(config, rows, processor)
 
@@ -64,6 +67,11 @@ def _plan_refusals(plan: Plan) -> list[str]:
     if not isinstance(steps, str):
         reasons.append(f"{name} has steps={steps!r}: in a language model give 'all', 'prefill' or 'decode'.")
     return reasons
+
+
+def layer_of(site: Site) -> str:
+    """The name of the decoder layer that holds a site."""
+    return site.name.rpartition(".")[0]
 
 
 def _lane_refusals(config: Any, plans: Sequence[Plan]) -> list[str]:
