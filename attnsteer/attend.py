@@ -201,11 +201,12 @@ def conflicts(edits: Sequence[Edit]) -> list[str]:
 
 def _meeting_conflicts(edits: Sequence[Edit], partial: Sequence[Edit]) -> list[str]:
     """Pairs that do not compose where they meet in a row; rows of a batch may have one each."""
-    moves = [e for e in edits if isinstance(e, Redistribute)]
-    signed = [e for e in edits if isinstance(e, LogitEdit) and e.form == "signed"]
+    moves: list[Edit] = [e for e in edits if isinstance(e, Redistribute)]
+    signed: list[Edit] = [e for e in edits if isinstance(e, LogitEdit) and e.form == "signed"]
     changers: list[Edit] = [e for e in edits if isinstance(e, (KeyBias, LogitEdit, ClassMask, Segments))]
     reasons = []
-    for other in [e for e in changers + list(partial) if any(_same_row(e, move) for move in moves)][:1]:
+    changers += partial
+    for other in [e for e in changers if any(_same_row(e, move) for move in moves)][:1]:
         name = f"Mix({other.target})" if isinstance(other, Mix) else type(other).__name__
         reasons.append(f"Redistribute and {name} do not compose at one site: choose different layers.")
     for same in (moves, signed):
