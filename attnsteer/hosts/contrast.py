@@ -2,8 +2,8 @@
 
 ``Contrasts`` stands behind a session. After each forward pass of the user's model it runs the counterpart of the same
 rows (``counterparts``) on the same new tokens and replaces the logits of the positions that predict an answer token.
-These are two passes and not one of twice the rows: the prompts differ in length, and the user's cache, of whatever kind,
-stays as plain generation leaves it. A counterpart has a cache of its own and goes through the model's own preparation
+These are two passes and not one of twice the rows: the prompts differ in length, and the user's cache of any kind stays
+as plain generation leaves it. A counterpart has a cache of its own and goes through the model's own preparation
 for ``generate``, so it is what plain generation from that prompt would compute. It follows the user's cache: forced
 tokens, beams that change places, candidates that assisted decoding takes back. Attention is edited in the user's rows
 alone.
