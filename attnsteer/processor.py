@@ -146,6 +146,7 @@ class Processor:
         """True where ``after_step`` looks for words in the prompt."""
         return False
 
+    @property
     def facts(self) -> Mapping[str, Any]:
         """What the host shall find out about the model or the picture, by name, with parameters; ``call.state`` then
         holds it under that name in every generation. Language models know ``"massive_channels"`` (the ratio to the RMS
