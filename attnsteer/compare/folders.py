@@ -66,10 +66,11 @@ def exists(images: Path, questions: Sequence[Path], instances: Path | None, seed
     if missing:
         raise SteeringError(f"{len(missing)} pictures with questions are not in {str(images)!r}, e.g. {missing[0]}.")
     samples, number = [], dict.fromkeys((name for name, _, _ in splits), 0)
+    shown = {name: FilePicture(files[name]) for name in number}
     for (name, text, label), groups in splits.items():
         number[name] += 1
-        picture = FilePicture(files[name])
-        samples.append(Sample(f"{name}-{number[name]}", name, picture, text, (label,), tuple(dict.fromkeys(groups))))
+        asked_in = tuple(dict.fromkeys(groups))
+        samples.append(Sample(f"{name}-{number[name]}", name, shown[name], text, (label,), asked_in))
     return Exists(samples)
 
 

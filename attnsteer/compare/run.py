@@ -40,7 +40,8 @@ class Comparison:
         progress: told about every batch.
 
     Batches are cut from the list of samples and not from what is missing, and a batch that was interrupted is asked
-    again as a whole: rows see the same shapes with any number of processes and after any interruption.
+    again as a whole, for all methods that lack anything: rows see the shapes of an uninterrupted run of one process.
+    (Unless nothing but the last batch is missing, and only for some methods; other shapes change rounding alone.)
     """
 
     answerer: Answerer

@@ -36,6 +36,11 @@ class FilePicture:
             return picture.convert("RGB")
 
     def digest(self) -> str:
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        """Read once: many questions are about one picture."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
 

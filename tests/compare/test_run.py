@@ -94,7 +94,7 @@ def test_rows_of_one_batch_say_what_each_method_says_alone(tmp_path: Path) -> No
                 assert entry["output"] == processor.decode(entry["tokens"], skip_special_tokens=True).strip()
                 assert entry["prompt"] == sample.prompt
                 assert entry["counts"] == task.count(sample, entry["output"], not ended)
-    assert len({entry["output"] for entry in found.answers.answers.values()}) > 3
+    assert len({entry["output"] for entry in found.answers.answers.values()}) > 1
 
 
 def test_methods_share_batches_and_a_second_run_asks_nothing(tmp_path: Path) -> None:
