@@ -26,10 +26,9 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 
+from attnsteer.around import batch, covered_area, greedy, words
 from attnsteer.attach import sites
 from attnsteer.errors import SteeringError
-from attnsteer.hosts.asking import batch, greedy, words
-from attnsteer.hosts.vlm_grids import covered_area
 from attnsteer.looking import GeneralLooks, Look, Magnified, look_with_general
 from attnsteer.processor import Processor, check_choice, check_number
 from attnsteer.regions import bounding_box, brightest, contrast_over_steps, magnified, strongest_regions, to_pixels

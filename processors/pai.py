@@ -44,6 +44,7 @@ class PAI(Processor):
     alpha: float = 0.5
 
     kinds: ClassVar = ("causal",)
+    last_row_only: ClassVar = True
     samples: ClassVar = (LogitEdit(torch.ones(1, 1, 1), "absolute"),)
 
     def __post_init__(self) -> None:

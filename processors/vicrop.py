@@ -11,7 +11,7 @@ One layer; ``last`` is the last prompt token, before the first word. Around the 
 (``attnsteer.regions.crop_box``) goes a square crop of the picture; the answer comes from [picture, crop].
 
 Fused: rel-att reads one row beside the kernel; grad-att runs one token with gradient
-(``attnsteer.hosts.answer_gradient``, exact); pure-grad runs the whole prompt and the vision tower with gradient.
+(exact); pure-grad runs the whole prompt and the vision tower with gradient.
 Layers of the paper: 14 of LLaVA-1.5-7B's 32, 22 of Qwen2.5-VL-3B's 36. rel-att is the same as CARVE's contrast of one
 layer and the first pass at lambda 0. InstructBLIP is not supported: its picture passes through a Q-Former.
 Open: the median filter of pure-grad (7 in the code, 3 is reported of the paper) is a parameter.
@@ -29,11 +29,20 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from attnsteer.around import (
+    batch,
+    covered_area,
+    greedy,
+    image_grids,
+    last_row_gradients,
+    patch_side,
+    picture_side,
+    pixel_gradients,
+    row,
+    words,
+)
 from attnsteer.attach import sites
 from attnsteer.errors import SteeringError
-from attnsteer.hosts.answer_gradient import last_row_gradients, pixel_gradients
-from attnsteer.hosts.asking import batch, greedy, row, words
-from attnsteer.hosts.vlm_grids import covered_area, image_grids, patch_side, picture_side
 from attnsteer.looking import GeneralLooks, Magnified, look_with_general
 from attnsteer.processor import Processor, check_choice, check_number
 from attnsteer.regions import RATIOS, contrast_over_steps, crop_box, edges, tiles, to_pixels

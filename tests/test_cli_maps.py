@@ -61,12 +61,9 @@ def test_tokens_and_words_of_an_answer(folder: Path, capsys: pytest.CaptureFixtu
     assert found["answer"].startswith("Yes") and found["shape"] == [4, 8, 8]
     assert found["sinks"] == []
     assert run("world-llava", "--words", "dog", "car", "--sinks", "drop", "--out", folder / "words.png") == 0
-    printed = capsys.readouterr().out.splitlines()
-    assert printed == [
-        "The image shows a dog and a car on a blue background.",
-        str(folder / "words.png"),
-        str(folder / "words.safetensors"),
-    ]
+    said, *files = capsys.readouterr().out.splitlines()
+    assert "a dog" in said and "a car" in said
+    assert files == [str(folder / "words.png"), str(folder / "words.safetensors")]
     assert run("world-llava", "--words", "zebra", "--out", folder / "words.png") == 2
     assert "does not have the word 'zebra'; its tokens are 0 ' The'" in capsys.readouterr().err
 

@@ -135,7 +135,7 @@ def reader() -> tuple[Any, Any]:
 def test_named_objects_are_looked_at_where_they_are() -> None:
     scene = sampling.compose(["dog", "car"], "blue")
     heat = attnsteer.answer_maps(*reader(), scene.image(), "Please describe this image in detail.")
-    assert heat.answer == "The image shows a dog and a car on a blue background."
+    assert "a dog" in heat.answer and "a car" in heat.answer
     found = heat.of("dog", "car")
     for (x, y), thing in zip(found.peaks, sorted(scene.objects, key=lambda o: o.name != "dog"), strict=True):
         left, top, right, bottom = thing.box

@@ -51,13 +51,20 @@ def only_rows(logits: Tensor, mask: Tensor) -> Tensor:
     return logits[mask.bool()]
 
 
+KERNELS = [("sdpa", "eager"), pytest.param(("sdpa", "flex_attention"), marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: kernels[1])
 @pytest.mark.parametrize(("name", "method"), PAIRS)
-def test_kernels_agree_rows_are_independent_and_off_is_plain(name: str, method: str) -> None:
-    """sdpa, eager and flex give one result; a row of a padded batch is its solo run; strength 0 is the plain model."""
+def test_kernels_agree_rows_are_independent_and_off_is_plain(name: str, method: str, kernels: tuple[str, ...]) -> None:
+    """All kernels give one result; a row of a padded batch is its solo run; strength 0 is the plain model."""
+    if "flex_attention" in kernels:
+        if name.startswith("qwen"):
+            pytest.skip("transformers has no flex attention for Qwen-VL")
+        torch._dynamo.reset()  # torch 2.13 cannot compile it for sizes that vary
     model, make = vlms.build(name)
     inputs, found = make(2, left_padding=True), {}
-    flexible = () if name.startswith("qwen") else ("flex_attention",)  # transformers has none for Qwen-VL
-    for implementation in ("sdpa", "eager", *flexible):
+    for implementation in kernels:
         model.set_attn_implementation({"text_config": implementation})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # flex without compilation
