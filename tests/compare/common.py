@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -11,9 +13,8 @@ from typing import Any
 
 import torch
 
-from attnsteer.compare import Answerer, Answers, Comparison, Method, with_controls, world
+from attnsteer.compare import Answer, Answerer, Answers, Comparison, Method, with_controls, world
 from attnsteer.processors import VHR
-from attnsteer.world.train import llava
 
 TOKENS = 3
 METHODS = with_controls([Method("VHR", (VHR(),)), Method("strong", (VHR(alpha=4.0),))], [])
@@ -23,8 +24,13 @@ ROOT = Path(__file__).parents[2]
 @cache
 def tiny() -> tuple[Any, Any]:
     """A model of two layers and its processor; the same weights in every process."""
+    from transformers import AutoProcessor
+
+    from attnsteer.world import assets
+    from attnsteer.world.train import llava
+
     torch.manual_seed(0)
-    processor = llava.processor()
+    processor = AutoProcessor.from_pretrained(assets.path("models/world-llava"))
     return llava.build(processor.tokenizer, 2, 2, 32).eval(), processor
 
 
@@ -60,6 +66,40 @@ def finished(folder: Path, *arguments: Any, **options: Any) -> Comparison:
 def outputs(found: Comparison) -> dict[Any, str]:
     """What was said, by task, sample and method."""
     return {(k.task, k.sample, k.method): entry["output"] for k, entry in found.answers.answers.items()}
+
+
+WORDS = ("dog", "cat", "car", "zebra", "pizza", "boat")
+LIMITED = 0.3
+"""Share of answers that end at the limit."""
+
+
+class Parrot:
+    """A model that says what there is, forgets some of it and makes some up; how much depends on the method."""
+
+    digest = "parrot"
+
+    def __init__(self, pause: float = 0.0):
+        self.pause = pause
+
+    def settings(self, limit: int) -> dict[str, Any]:
+        return {"model": self.digest, "limit": limit}
+
+    def groups(self, methods: Sequence[Method]) -> list[list[Method]]:
+        return [list(methods)]
+
+    def __call__(self, samples: Any, methods: Any, limit: int) -> Any:
+        time.sleep(self.pause)
+        return [[self.answer(sample, method.label) for sample in samples] for method in methods]
+
+    def answer(self, sample: Any, label: str) -> Any:
+        rng = random.Random(f"{sample.id} {'' if label == 'VHR' else label}")
+        if sample.truth in (("yes",), ("no",)):
+            text = rng.choice(["Yes, there is.", "No, there is no such thing.", "Perhaps."])
+        else:
+            often = 0.9 if label == "strong" else 0.2
+            named = [*sample.truth[: rng.randint(0, 3)], *([rng.choice(WORDS)] if rng.random() < often else [])]
+            text = f"A picture of {' and '.join(named)}."
+        return Answer(text, (1, 2), "length" if rng.random() < LIMITED else "stop")
 
 
 def environment() -> dict[str, str]:

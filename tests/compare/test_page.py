@@ -20,8 +20,7 @@ from attnsteer.compare import tasks as kinds
 from attnsteer.compare.page import chosen, highlighted
 from attnsteer.compare.report import write
 
-from .common import comparison, tasks
-from .test_results import Parrot
+from .common import Parrot, comparison, tasks
 
 VOID = {"meta", "img", "br"}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")

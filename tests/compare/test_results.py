@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -13,42 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from attnsteer.compare import Comparison, Method, results, tables
+from attnsteer.compare import Comparison, results, tables
 from attnsteer.compare.report import made_up, note_samples, write
 from attnsteer.compare.results import grouped_samples
 
-from .common import METHODS, comparison, tasks
-
-WORDS = ("dog", "cat", "car", "zebra", "pizza", "boat")
-LIMITED = 0.3
-"""Share of answers that end at the limit."""
-
-
-class Parrot:
-    """Says what there is, forgets some of it and makes some up; how much depends on the method."""
-
-    digest = "parrot"
-
-    def settings(self, limit: int) -> dict[str, Any]:
-        return {"model": self.digest, "limit": limit}
-
-    def groups(self, methods: list[Method]) -> list[list[Method]]:
-        return [list(methods)]
-
-    def __call__(self, samples: Any, methods: Any, limit: int) -> Any:
-        return [[self.answer(sample, method.label) for sample in samples] for method in methods]
-
-    def answer(self, sample: Any, label: str) -> Any:
-        from attnsteer.compare import Answer
-
-        rng = random.Random(f"{sample.id} {'' if label == 'VHR' else label}")
-        if sample.truth in (("yes",), ("no",)):
-            text = rng.choice(["Yes, there is.", "No, there is no such thing.", "Perhaps."])
-        else:
-            often = 0.9 if label == "strong" else 0.2
-            named = [*sample.truth[: rng.randint(0, 3)], *([rng.choice(WORDS)] if rng.random() < often else [])]
-            text = f"A picture of {' and '.join(named)}."
-        return Answer(text, (1, 2), "length" if rng.random() < LIMITED else "stop")
+from .common import METHODS, WORDS, Parrot, comparison, tasks
 
 
 @pytest.fixture(scope="module")

@@ -22,18 +22,16 @@ from attnsteer.compare import Answerer, Method, with_controls
 from attnsteer.errors import SteeringError
 from attnsteer.processors import VHR
 
-from .common import METHODS, ROOT, TOKENS, answerer, comparison, environment, finished, outputs, tasks, tiny
+from .common import METHODS, ROOT, TOKENS, Parrot, answerer, comparison, environment, finished, outputs, tasks, tiny
 
 SCRIPT = """
 import sys
-import torch
 
-torch.set_num_threads(1)
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from tests.compare.common import finished, tasks
+from tests.compare.common import Parrot, finished, tasks
 
-finished(Path({out!r}), tasks=tasks({scenes})[:1], batch_size=1)
+finished(Path({out!r}), by=Parrot(pause=0.05), tasks=tasks({scenes})[:1], batch_size=1)
 """
 
 
@@ -176,12 +174,12 @@ def test_a_changed_setting_uses_no_old_line(tmp_path: Path) -> None:
 
 # ---- interruptions ---------------------------------------------------------------------------------------------------
 def test_a_killed_comparison_goes_on_and_counts_nothing_twice(tmp_path: Path) -> None:
-    out, scenes = tmp_path / "out", 12
+    out, scenes = tmp_path / "out", 24
     file = tmp_path / "run.py"
     file.write_text(SCRIPT.format(root=str(ROOT), out=str(out), scenes=scenes))
     wanted = len(METHODS) * scenes
     with subprocess.Popen([sys.executable, str(file)], env=environment(), cwd=tmp_path) as process:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 1200
         while len(entries(out)) < 6 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
         assert process.poll() is None, "the comparison was over before it could be killed"
@@ -192,11 +190,11 @@ def test_a_killed_comparison_goes_on_and_counts_nothing_twice(tmp_path: Path) ->
     answers.write_bytes(answers.read_bytes()[:-40])  # a kill in the middle of a write
     torn = entries(out)
     assert torn == known[:-1]
-    found = finished(out, tasks=tasks(scenes)[:1], batch_size=1)
+    found = finished(out, by=Parrot(), tasks=tasks(scenes)[:1], batch_size=1)
     assert entries(out)[: len(torn)] == torn, "everything that was written is used"
     assert set(keys(out).values()) == {1}
     assert len(keys(out)) == wanted
-    assert outputs(found) == outputs(finished(tmp_path / "whole", tasks=tasks(scenes)[:1], batch_size=1))
+    assert outputs(found) == outputs(finished(tmp_path / "whole", by=Parrot(), tasks=tasks(scenes)[:1], batch_size=1))
 
 
 def test_two_comparisons_do_not_write_to_one_folder(tmp_path: Path) -> None:
