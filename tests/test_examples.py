@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 import shlex
@@ -83,7 +84,8 @@ def test_its_command_lines_are_understood_and_name_a_real_checkpoint(
         raise ReachedError(getattr(given, "model", given))
 
     module, loaded = load(file), []
-    monkeypatch.setattr(module, "load", stop)
+    loads = importlib.import_module("asking") if file.stem in ANSWERS else module
+    monkeypatch.setattr(loads, "load", stop)
     commands = re.findall(r"^python examples/(.*)$", module.__doc__.replace("\\\n", " "), re.MULTILINE)
     for command in commands:
         script, *arguments = shlex.split(command)
