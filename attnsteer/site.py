@@ -114,7 +114,8 @@ class AttentionCall:
     ``classes`` are the class masks that edits have put on the call. ``lent`` is the call of an earlier forward
     where edits that read rows mean the rows of that one (``attnsteer.lending``) and not those of this call.
     ``predicts`` is how many of the last queries predict a new token: 1 for a prompt (its last row), 0 for a chunk that
-    does not end it, all of them in decode, where a step may check several guessed tokens at once. ``residual`` holds
+    does not end it, all of them in decode, where a step may check several guessed tokens at once (and where a user's
+    own loop feeds more text to a cache, which cannot be told from that). ``residual`` holds
     the hidden states ``(B, Nq, width)`` that enter the layer, for methods with ``needs = ("residual",)``.
     """
 

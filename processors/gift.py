@@ -16,8 +16,7 @@ sets and r need that row's plain probabilities. Cost: one prefill a generation (
 many strengths), and two attention rows a layer and step.
 Limits: e^5 = 148, so the most salient token rules its row; look at the length of captions beside their scores. The
 question is what stands behind the last image in the last turn. A row without image or without question is left alone,
-and a flat map gives f = 1. Without a cache (``use_cache=False``) earlier answer tokens are run again unsteered. Where a
-method of the ``image_free`` lane is attached too, that lane is plain.
+and a flat map gives f = 1. Where a method of the ``image_free`` lane is attached too, that lane is plain.
 """
 
 from __future__ import annotations
@@ -95,6 +94,7 @@ class GIFT(Processor):
     kinds: ClassVar = ("causal",)
     needs: ClassVar = ("question",)
     last_row_only: ClassVar = True
+    samples: ClassVar = (KeyBias(torch.ones(1, 1, 1), queries="last"),)
 
     def __post_init__(self) -> None:
         if self.alpha is not None:

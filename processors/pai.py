@@ -11,8 +11,8 @@ In prefill the last prompt row changes alone; its keys and values in deeper laye
 
 Fused form: exact. The kernel runs on all rows, and one row ``(B, H, 1, Nk)`` is computed again.
 Cost: one row of logits for each layer and step.
-Limits: alpha of 0.8 and more destroys the text. The paper's second part, a contrast with the logits of a prompt without
-image (gamma 1.1), is separate from this change of attention and not part of this processor.
+Limits: alpha of 0.8 and more destroys the text. The paper's second part, a contrast with the logits of a prompt
+without image (gamma 1.1), is ``ImageContrast``: attach both.
 """
 
 from __future__ import annotations

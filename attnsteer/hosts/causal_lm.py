@@ -104,7 +104,7 @@ class LanguageSession:
         marker = next((p.marker for p in looking if p.marker), "")  # refusals: one for all
         asked = {"question", "words"} & {need for p in looking for need in p.needs}
         questions = QuestionFinder(self._tokens, processor, marker) if asked else None
-        needs_spans = asked or not all(p.token_agnostic for p in looking)
+        needs_spans = surveys or asked or not all(p.token_agnostic for p in looking)
         self._contrasts = Contrasts(self.model, self._active, self._tokens, processor, [*self._modules.values()])
         self._spans = KeySpans(self._tokens.image_mask, questions) if needs_spans else None
         self._restore: list[Callable[[], None]] = []
@@ -151,6 +151,7 @@ class LanguageSession:
                 tower = ClassAttention(self.model, self._tokens, wanted["cls_attention"], plan.states.values())
                 self._towers.append(tower)
                 self._restore.append(tower.start())
+                self._contrasts.mute(tower.modules.values())
         for site in wanted_sites([[plan for plan in self._plans if "residual" in plan.processor.needs]]):
             layer = self.model.get_submodule(layer_of(site))
             self._restore.append(watch_residual(layer, self._bindings[site]))
@@ -169,7 +170,7 @@ class LanguageSession:
                         reacts = Sharing(limited(plan, site, self._active, device), plan.shared)
                         reactors.append((reacts, plan.states[site]))
                     elif phase == "prefill" and (plan in self._image_free or "residual" in plan.processor.needs):
-                        reactors.append((Silent(plan.processor), plan.states[site]))
+                        reactors.append((Sharing(Silent(plan.processor), plan.shared), plan.states[site]))
             table[site] = (merge_edits(rows, site, device), tuple(reactors))
         return table
 
@@ -183,15 +184,19 @@ class LanguageSession:
         for site, binding in self._bindings.items():
             binding.edits, binding.reactors = self._tables[phase][site]
             binding.phase = phase
+        self._phase = phase
 
     # ---- the user's calls --------------------------------------------------------------------------------------------
     def _generate(self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._generating:  # an assisted generation asks the model itself for candidates
-            with self._contrasts.paused():
-                return plain(*args, **kwargs)
         given = {**dict(zip(inspect.signature(plain).parameters, args, strict=False)), **kwargs}
         if given.get("input_ids") is None:
             given["input_ids"] = given.get("inputs")
+        if self._generating:  # an assisted generation asks the model itself for candidates
+            with self._contrasts.paused(), self._drafting(given):
+                return plain(*args, **kwargs)
+        config = given.get("generation_config") or self.model.generation_config
+        if self._phased and not given.get("use_cache", config.use_cache is not False):
+            raise SteeringError("Without a cache every pass is a prefill, so steps= means nothing: set use_cache=True.")
         if given.get("attention_mask") is None:
             given["attention_mask"] = self._padding_of(given)
         self._begin(given)
@@ -202,6 +207,18 @@ class LanguageSession:
         finally:
             self._generating = False
             self._set_phase("prefill")
+
+    @contextlib.contextmanager
+    def _drafting(self, given: Mapping[str, Any]) -> Iterator[None]:
+        """The model writes candidates with a cache of their own, in the middle of a generation."""
+        left, phase = self._left, self._phase
+        self._left = length(given) - cache_length(given)
+        self._set_phase("decode" if cache_length(given) else "prefill")
+        try:
+            yield
+        finally:
+            self._left = left
+            self._set_phase(phase)
 
     def _get_compiled_call(self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``generate`` compiles decode steps by itself where the cache is static; phase and spans are set outside."""
@@ -271,6 +288,7 @@ class LanguageSession:
         if self._spans is not None:
             self._spans.begin(given.get("input_ids"), given.get("attention_mask"))
         if self.surveyor is not None and self._spans is not None:
+            self._set_predicts(1, 1)  # of a whole prompt its last row
             inside, self._inside = self._inside, True
             try:
                 self.surveyor.run(given, self._spans)

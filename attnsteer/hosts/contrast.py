@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -339,6 +339,10 @@ class Contrasts:
                 combined = torch.where(on[:, None, None].to(newest.device), found.to(newest.dtype), combined)
             logits = torch.cat([logits[:, : logits.shape[1] - count], combined], 1)
         return logits
+
+    def mute(self, modules: Iterable[torch.nn.Module]) -> None:
+        """More modules that are left alone while a counterpart runs."""
+        self._modules = [*self._modules, *modules]
 
     @contextlib.contextmanager
     def _plain(self) -> Iterator[None]:

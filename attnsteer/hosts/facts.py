@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..binding import ATTRIBUTE, Binding
+from ..binding import ATTRIBUTE, Binding, Reactor
 from ..errors import SteeringError
 from ..logits import additive, plain_logits, softmax
 from ..scheduler import Plan
@@ -107,18 +107,26 @@ class ClassAttention:
         assert tower is not None  # refusals() was asked
         there = _tower_attentions(tower)
         self._order = [layer % len(there) for layer in layers]
-        self._modules = {layer: there[layer] for layer in self._order}
+        self.modules = {layer: there[layer] for layer in self._order}
+        self._listening: list[tuple[torch.nn.Module, Reactor]] = []
 
     def start(self) -> Callable[[], None]:
-        """Listen; the returned function ends it."""
-        for layer, module in self._modules.items():
+        """Listen, beside others that do; the returned function ends it."""
+        for layer, module in self.modules.items():
             site = Site(f"vision tower {layer}", "self", layer, layer, 0, 0, 0)
-            module.__dict__[ATTRIBUTE] = Binding(site, reactors=((_ClassRow(self._keeper(layer)), {}),))
+            binding = module.__dict__.setdefault(ATTRIBUTE, Binding(site))
+            reactor: Reactor = (_ClassRow(self._keeper(layer)), {})
+            binding.reactors = (*binding.reactors, reactor)
+            self._listening.append((module, reactor))
         return self._stop
 
     def _stop(self) -> None:
-        for module in self._modules.values():
-            module.__dict__.pop(ATTRIBUTE, None)
+        for module, reactor in self._listening:
+            binding = module.__dict__[ATTRIBUTE]
+            binding.reactors = tuple(other for other in binding.reactors if other is not reactor)
+            if not binding.reactors:
+                del module.__dict__[ATTRIBUTE]
+        self._listening = []
 
     def begin(self, given: Mapping[str, Any]) -> None:
         """A new prompt.
@@ -151,7 +159,7 @@ class ClassAttention:
                     "cannot be matched one to one."
                 )
             self._found[layer] = row
-            if len(self._found) == len(self._modules):
+            if len(self._found) == len(self.modules):
                 for state in self._states:
                     state["cls_attention"] = tuple(self._found[one] for one in self._order)
 

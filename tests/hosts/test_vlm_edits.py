@@ -12,14 +12,18 @@ from torch import Tensor
 
 import attnsteer
 from attnsteer import AttentionCall, KeyBias, Processor, SteeringError, Where
+from attnsteer.binding import ATTRIBUTE
 from attnsteer.edits import LogitEdit
+from attnsteer.processors.gift import GIFT
 from attnsteer.processors.pai import PAI
 from attnsteer.processors.paint import PAINT
 from attnsteer.processors.softpag import SoftPAG
 from attnsteer.processors.vaf import VAF
 from attnsteer.processors.var import VAR
+from attnsteer.processors.vcd import VCD
 from attnsteer.processors.vhd import VHD
 from attnsteer.processors.vhr import VHR
+from tests.engine.common import double
 from tests.hosts.common import GREEDY, Look, state_of
 from tests.tiny import vlms
 
@@ -256,6 +260,18 @@ def test_variants_of_a_batch_equal_solo_runs() -> None:
     model, make = vlms.build("llava")
     inputs = make(4, left_padding=True)
     variants = [[METHODS["VAR"]], [], [METHODS["PAI"]], [VAF(Where(layers=[1, 2], heads=[0, 4]), alpha=0.8)]]
+    same_as_solo(model, inputs, variants)
+
+
+def test_two_methods_may_ask_the_vision_tower() -> None:
+    model, make = vlms.build("llava")
+    same_as_solo(model, make(3, left_padding=True), [[PAINT(ALL, alpha=0.3)], [], [PAINT(ALL)]])
+    for module in model.modules():
+        assert ATTRIBUTE not in module.__dict__
+
+
+def same_as_solo(model: Any, inputs: dict[str, Any], variants: list[list[Processor]]) -> None:
+    """Row 1 is plain, the others are not, and each is what it is alone."""
     plain = model(**inputs).logits
     with attnsteer.attach(model, variants=variants):
         logits = model(**inputs).logits
@@ -268,8 +284,41 @@ def test_variants_of_a_batch_equal_solo_runs() -> None:
         assert torch.equal(logits[row], plain[row]) == (row == 1)
 
 
+@pytest.mark.parametrize(
+    "method", [*METHODS.values(), PAI(Where(steps="decode")), PAI(Where(steps="prefill"))], ids=repr
+)
+def test_a_model_that_drafts_for_itself_says_the_same(method: Processor) -> None:
+    model, make = vlms.build("llava")
+    inputs = double(make(1))
+    model = model.double()
+    with attnsteer.steer(model, method):
+        expected = model.generate(**inputs, **LONG)
+        assert torch.equal(model.generate(**inputs, **LONG, assistant_model=model), expected)
+
+
+def test_a_contrast_shows_the_tower_to_nobody_else() -> None:
+    """The noised picture of VCD is not what PAINT chooses patches by, although that is asked for later."""
+    model, make = vlms.build("llava")
+    inputs, method = make(1), PAINT(Where(steps="decode"))
+    with attnsteer.steer(model, method):
+        expected = scores(model, inputs)
+    with attnsteer.steer(model, method, VCD(alpha=1e-9, beta=0.0)):
+        torch.testing.assert_close(scores(model, inputs), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_phases_need_a_cache() -> None:
+    model, make = vlms.build("llava")
+    with (
+        attnsteer.steer(model, PAI(Where(steps="decode"))),
+        pytest.raises(SteeringError, match="Without a cache every pass is a prefill"),
+    ):
+        model.generate(**make(1), **GREEDY, use_cache=False)
+
+
 def test_what_does_not_compose_is_refused_at_attach() -> None:
     model, _ = vlms.build("llava")
+    with pytest.raises(SteeringError, match=r"Redistribute and KeyBias do not compose"):
+        attnsteer.attach(model, METHODS["VAR"], GIFT(ALL, token_selector="all"))
     with pytest.raises(SteeringError, match="Redistribute and LogitEdit do not compose"):
         attnsteer.attach(model, METHODS["VAR"], METHODS["PAI"])
     with pytest.raises(SteeringError, match="Two signed LogitEdit edits"):

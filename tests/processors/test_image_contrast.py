@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import attnsteer
-from attnsteer import SteeringError
+from attnsteer import SteeringError, Where
 from attnsteer.config import processor_from_dict
 from attnsteer.contrast import extrapolated
-from attnsteer.processors import ICD, VCD, ImageContrast
+from attnsteer.processors import ICD, PAI, VCD, ImageContrast
 from tests.hosts.contrasting import pai
+from tests.tiny import vlms
 
 L = torch.tensor([2.0, 1.0, 0.0, -3.0])
 OTHER = torch.tensor([2.5, 0.0, 0.0, -3.0])
@@ -96,3 +97,19 @@ def test_the_embedded_model_answers_under_every_contrast(embedded: tuple[Any, An
     assert said[0] == processor.decode(plain[0, width:], skip_special_tokens=True).strip()
     assert all(answer.startswith("The image shows") for answer in said)
     assert len({tuple(row.tolist()) for row in logits}) == 4
+
+
+def test_beside_its_attention_it_is_the_published_pai() -> None:
+    """Attention is steered in the rows with the picture and plain in those without."""
+    model, make = vlms.build("llava")
+    inputs, gamma = make(1), 1.5
+    with attnsteer.steer(model, PAI(Where(layers="all"))):
+        steered = model(**inputs).logits[:, -1]
+    text = inputs["input_ids"][inputs["input_ids"] != vlms.IMAGE][None]
+    without = model(input_ids=text).logits[:, -1]
+    with attnsteer.steer(model, PAI(Where(layers="all")), ImageContrast(gamma=gamma)):
+        found = model(**inputs).logits[:, -1]
+    expected = extrapolated(steered, without, gamma, 0.1)
+    assert torch.equal(found == -math.inf, expected == -math.inf)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(steered, model(**inputs).logits[:, -1], atol=1e-3)
