@@ -18,26 +18,48 @@ if TYPE_CHECKING:
     from .attach import Steering, attach, detach, sites, steer
     from .attend import attend
     from .capture import Capture
-    from .edits import ClassMask, Edit, KeyBias, Mix, RowKeys, Scale, Segments
+    from .edits import (
+        ClassMask,
+        Edit,
+        KeyBias,
+        LogitEdit,
+        Mix,
+        Redistribute,
+        Replace,
+        RowKeys,
+        Scale,
+        Segments,
+    )
     from .errors import NotReachedError, SteeringError, WhereError
     from .explain import Explanation, explain
+    from .heat import AnswerMaps, HeatMaps, answer_maps, heat_maps
+    from .hosts.replay import Prefill, prefill
+    from .inversion import invert
     from .lanes import Lane
     from .processor import Processor
+    from .references import noised_references
+    from .rehearsal import rehearse
     from .site import AttentionCall, Site, Spans
     from .variants import Variant, run_variants
     from .where import Where
 
 __all__ = [
+    "AnswerMaps",
     "AttentionCall",
     "Capture",
     "ClassMask",
     "Edit",
     "Explanation",
+    "HeatMaps",
     "KeyBias",
     "Lane",
+    "LogitEdit",
     "Mix",
     "NotReachedError",
+    "Prefill",
     "Processor",
+    "Redistribute",
+    "Replace",
     "RowKeys",
     "Scale",
     "Segments",
@@ -49,26 +71,38 @@ __all__ = [
     "Where",
     "WhereError",
     "__version__",
+    "answer_maps",
     "attach",
     "attend",
     "detach",
     "explain",
+    "heat_maps",
+    "invert",
+    "noised_references",
+    "prefill",
+    "rehearse",
     "run_variants",
     "sites",
     "steer",
 ]
 
 _MODULE_OF = {
+    "AnswerMaps": "heat",
     "AttentionCall": "site",
     "Capture": "capture",
     "ClassMask": "edits",
     "Edit": "edits",
     "Explanation": "explain",
+    "HeatMaps": "heat",
     "KeyBias": "edits",
+    "LogitEdit": "edits",
     "Lane": "lanes",
     "Mix": "edits",
     "NotReachedError": "errors",
+    "Prefill": "hosts.replay",
     "Processor": "processor",
+    "Redistribute": "edits",
+    "Replace": "edits",
     "RowKeys": "edits",
     "Scale": "edits",
     "Segments": "edits",
@@ -79,10 +113,16 @@ _MODULE_OF = {
     "Variant": "variants",
     "Where": "where",
     "WhereError": "errors",
+    "answer_maps": "heat",
     "attach": "attach",
     "attend": "attend",
     "detach": "attach",
     "explain": "explain",
+    "heat_maps": "heat",
+    "prefill": "hosts.replay",
+    "invert": "inversion",
+    "noised_references": "references",
+    "rehearse": "rehearsal",
     "run_variants": "variants",
     "sites": "attach",
     "steer": "attach",

@@ -245,10 +245,12 @@ def refusals(
     ]
     reasons += ["scheduler= is for bare denoisers; a pipeline brings its own."] if scheduler and pipeline else []
     reasons += ["processor= is for language models."] if processor and not language else []
+    surveys = dict.fromkeys(type(plan.processor).__name__ for plan in plans_of(rows) if plan.survey is not None)
+    reasons += [f"{name} surveys the prompt, which is for language models." for name in surveys if not language]
     if language:
         from .hosts import causal_lm
 
-        return reasons + causal_lm.refusals(models[0], rows)
+        return reasons + causal_lm.refusals(models[0], rows, processor)
     from .hosts import denoisers, nurse
 
     steps = getattr(target, "scheduler", None) if pipeline else scheduler
@@ -271,6 +273,11 @@ def rows_given(
     for item in (p for row in given for p in row):
         if not isinstance(item, Processor):
             raise SteeringError(f"{item!r} is not an attnsteer processor; stock processors go to set_attn_processor.")
+        if item.call:
+            raise SteeringError(
+                f"{type(item).__name__} cannot be attached: it asks a model several times and changes the picture in "
+                f"between, not the attention. Call {item.call}."
+            )
     for row in given:
         twice = [type(p).__name__ for i, p in enumerate(row) if any(p is other for other in row[:i])]
         if twice:

@@ -1,11 +1,11 @@
 """``attend``: one attention call with edits, lowered onto fused kernels. No ``Nq x Nk`` map is ever built here.
 
-Four phases, keyed by the type of edit:
+``Replace`` first makes another call of it. Then four phases, keyed by the type of edit:
 
 1. ``INPUTS``: q, k, v or the mask change before the user's kernel runs (``ClassMask``, ``KeyBias`` on all queries);
-2. ``ROWS``: single query rows of the kernel's output are recomputed (``KeyBias`` on the last query);
+2. ``rows.py``: chosen query rows are computed again (``LogitEdit``, ``KeyBias`` on the rows that predict);
 3. ``Segments``, all at once: keys of other rows join the softmax (``segments.py``);
-4. ``OUTPUTS``: head outputs are mixed or scaled (``Mix``, ``Scale``).
+4. ``OUTPUTS``: head outputs change (``Redistribute``, ``Mix``, ``Scale``).
 
 A head that an edit leaves alone keeps its bits: the choice between edited and plain output is a ``torch.where`` on the
 weight, never an interpolation at 0 (which turns -0.0 into 0.0 and inf into nan). Weights are tensors all the way, so a
@@ -14,6 +14,7 @@ compiled call serves every strength with one graph.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,11 +23,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import segments, targets
+from . import redistribute as sinks
+from . import rows, segments, targets
 from .classes import mask_classes
-from .edits import ORDER, ClassMask, Edit, KeyBias, MeanValue, Mix, OwnValue, RowKeys, Scale, Segments
+from .edits import (
+    ORDER,
+    ClassMask,
+    Edit,
+    KeyBias,
+    LogitEdit,
+    MeanValue,
+    Mix,
+    OwnValue,
+    Redistribute,
+    Replace,
+    RowKeys,
+    Scale,
+    Segments,
+    acting_rows,
+)
 from .errors import SteeringError
-from .logits import compute_dtype, row_attention
+from .logits import compute_dtype
 from .site import AttentionCall, expand_rows
 
 
@@ -49,8 +66,13 @@ def attend(call: AttentionCall, edits: Sequence[Edit]) -> Tensor:
     reasons += conflicts(edits)
     if reasons:
         raise SteeringError(reasons)
+    for edit in edits:
+        if isinstance(edit, Replace):
+            call = replace_queries(call, edit)
+    edits = [edit for edit in edits if not isinstance(edit, Replace)]
     output, steered = call.output, call
     joining = [edit for edit in edits if isinstance(edit, Segments)]
+    again = [edit for edit in edits if _is_row(edit)]
     for edit in edits:
         if _is_input(edit):
             steered, touched = INPUTS[type(edit)](steered, edit)
@@ -58,15 +80,21 @@ def attend(call: AttentionCall, edits: Sequence[Edit]) -> Tensor:
         elif isinstance(edit, Segments):
             if edit is joining[0]:
                 output = segments.add_segments(call, steered, output, joining)
+        elif _is_row(edit):
+            if edit is again[0]:
+                output = rows.edit_rows(steered, output, again)
         else:
-            table = ROWS if type(edit) in ROWS else OUTPUTS
             lends = isinstance(edit, Mix) and isinstance(edit.target, RowKeys)  # what rows lend is not steered
-            output = table[type(edit)](call if lends else steered, output, edit)
+            output = OUTPUTS[type(edit)](call if lends else steered, output, edit)
     return output
 
 
 def _is_input(edit: Edit) -> bool:
     return isinstance(edit, ClassMask) or (isinstance(edit, KeyBias) and edit.queries == "all")
+
+
+def _is_row(edit: Edit) -> bool:
+    return isinstance(edit, LogitEdit) or (isinstance(edit, KeyBias) and edit.queries == "last")
 
 
 def _turn(edit: Edit) -> tuple[int, bool]:
@@ -81,14 +109,22 @@ def refusals(call: AttentionCall, edit: Edit) -> list[str]:
         return _shape_reasons(call, edit.weight.shape, (heads,), "Mix.weight") + targets.refusals(call, edit)
     if isinstance(edit, Scale):
         return _shape_reasons(call, edit.weight.shape, (heads,), "Scale.weight")
+    if isinstance(edit, Replace):
+        reasons = _shape_reasons(call, edit.weight.shape, (heads,), "Replace.weight")
+        given, wanted = tuple(edit.query.shape), tuple(call.q.shape)
+        if given != wanted:
+            reasons.append(f"Replace.query has shape {given}; the queries of {call.site.name!r} have {wanted}.")
+        return reasons
     if isinstance(edit, Segments):
         return _shape_reasons(call, edit.weight.shape, (heads,), "Segments.weight") + segments.refusals(call, edit)
     if isinstance(edit, ClassMask):
         return _shape_reasons(call, edit.weight.shape, (heads,), "ClassMask.weight") + _class_reasons(call, edit)
-    reasons = _shape_reasons(call, edit.bias.shape[:-1], (1, heads), "KeyBias.bias")
-    if edit.bias.shape[-1] != call.k.shape[2]:
-        reasons.append(f"KeyBias.bias covers {edit.bias.shape[-1]} keys; {call.site.name!r} has {call.k.shape[2]}.")
-    return reasons
+    if isinstance(edit, Redistribute):
+        return _shape_reasons(call, edit.weight.shape[:2], (heads,), "Redistribute.weight") + sinks.refusals(call, edit)
+    if isinstance(edit, LogitEdit):
+        return _shape_reasons(call, edit.weight.shape[:2], (1, heads), "LogitEdit.weight") + rows.refusals(call, edit)
+    reasons = _shape_reasons(call, edit.bias.shape[:2], (1, heads), "KeyBias.bias")
+    return reasons + rows.bias_refusals(call, edit)
 
 
 def _shape_reasons(call: AttentionCall, shape: torch.Size, heads: tuple[int, ...], name: str) -> list[str]:
@@ -118,9 +154,8 @@ def _class_reasons(call: AttentionCall, edit: ClassMask) -> list[str]:
 
 def _mask_reasons(call: AttentionCall, edits: Sequence[Edit]) -> list[str]:
     """Edits that look at logits must be able to read the mask; own values and scales need not."""
-    blind = all(
-        isinstance(e, Scale) or (isinstance(e, Mix) and (e.target, e.path) == (OwnValue(), "linear")) for e in edits
-    )
+    seeing = [e for e in edits if not isinstance(e, (Scale, Replace))]
+    blind = all(isinstance(e, Mix) and (e.target, e.path) == (OwnValue(), "linear") for e in seeing)
     mask: object = None if blind else call.mask
     if mask is None:
         return []
@@ -147,9 +182,14 @@ def conflicts(edits: Sequence[Edit]) -> list[str]:
         name = f"Mix({other.target}, path={other.path!r})" if isinstance(other, Mix) else type(other).__name__
         reasons.append(f"{one} and {name} do not compose at one site: choose different layers{way}.")
 
+    segmented = [e for e in edits if isinstance(e, Segments)]
     if any(isinstance(edit, KeyBias) and edit.queries == "last" for edit in edits):
-        for other in (looks + masks + [e for e in edits if isinstance(e, Segments)])[:1]:
+        for other in (looks + masks + segmented)[:1]:
             refuse("KeyBias(queries='last')", other, ", or use KeyBias(queries='all')")
+    if any(isinstance(edit, LogitEdit) for edit in edits):
+        for other in (looks + masks + segmented + [e for e in mixes if e.target == MeanValue()])[:1]:
+            refuse("LogitEdit", other, "")
+    reasons += _meeting_conflicts(edits, partial)
     for other in (looks + [e for e in mixes if e.target == MeanValue()])[:1] if masks else ():
         refuse("ClassMask", other, ", or a target that reads no map")
     for other in partial[:1] if any(isinstance(edit, Segments) for edit in edits) else ():  # it knows own keys alone
@@ -159,10 +199,45 @@ def conflicts(edits: Sequence[Edit]) -> list[str]:
     return reasons
 
 
+def _meeting_conflicts(edits: Sequence[Edit], partial: Sequence[Edit]) -> list[str]:
+    """Pairs that do not compose where they meet in a row; rows of a batch may have one each."""
+    moves: list[Edit] = [e for e in edits if isinstance(e, Redistribute)]
+    signed: list[Edit] = [e for e in edits if isinstance(e, LogitEdit) and e.form == "signed"]
+    changers: list[Edit] = [e for e in edits if isinstance(e, (KeyBias, LogitEdit, ClassMask, Segments))]
+    reasons = []
+    changers += partial
+    for other in [e for e in changers if any(_same_row(e, move) for move in moves)][:1]:
+        name = f"Mix({other.target})" if isinstance(other, Mix) else type(other).__name__
+        reasons.append(f"Redistribute and {name} do not compose at one site: choose different layers.")
+    for same in (moves, signed):
+        if any(_same_row(one, two) for i, one in enumerate(same) for two in same[:i]):
+            name = "Redistribute" if same is moves else "signed LogitEdit"
+            reasons.append(f"Two {name} edits at one site do not compose: choose different layers.")
+    return reasons
+
+
+def _same_row(one: Edit, two: Edit) -> bool:
+    """Whether two edits act on one row. Looks at values, where both are there alone; compiled code trusts ``attach``,
+    which has looked at what each row was given."""
+    if torch.compiler.is_compiling():
+        return False
+    acts = [acting_rows(edit) for edit in (one, two)]
+    rows = math.lcm(*(len(act) for act in acts))
+    return bool((expand_rows(acts[0], rows) & expand_rows(acts[1], rows).to(acts[0].device)).any())
+
+
 def _meet(masks: Sequence[ClassMask]) -> bool:
     """Whether a row and head has several masks. Looks at values, in the rare case of several masks alone."""
     rows = max(edit.weight.shape[0] for edit in masks)
     return bool(sum((expand_rows(edit.weight, rows) != 0).int() for edit in masks).gt(1).any())  # type: ignore
+
+
+# ---- before all phases -----------------------------------------------------------------------------------------------
+def replace_queries(call: AttentionCall, edit: Replace) -> AttentionCall:
+    """The call with other queries; those of a row and head of weight 0 keep their bits."""
+    weight = _weight(edit.weight, call.q)
+    blend = torch.lerp(call.q.to(weight.dtype), edit.query.to(weight.dtype), weight).to(call.q.dtype)
+    return replace(call, q=torch.where(weight != 0, blend, call.q))
 
 
 # ---- phase 1: inputs -------------------------------------------------------------------------------------------------
@@ -208,42 +283,28 @@ def _wide_kernel(call: AttentionCall) -> Callable[..., Tensor]:
     return kernel
 
 
-# ---- phase 2: single rows --------------------------------------------------------------------------------------------
-def bias_last_row(call: AttentionCall, output: Tensor, edit: KeyBias) -> Tensor:
-    """``logits += bias`` for the last query alone: one row recomputed from its ``(B, H, 1, Nk)`` logits.
-
-    The last query of a causal call sees every key, so the causal flag plays no part. Cost O(B H Nk D); the other rows
-    are copied.
-    """
-    bias = expand_rows(edit.bias, call.q.shape[0]).to(device=output.device)[:, :, None]  # (R, H or 1, 1, Nk)
-    mask = call.mask_rows(slice(call.q.shape[2] - 1, call.q.shape[2]))
-    row = row_attention(call.q[:, :, -1:], call.k, call.v, call.softmax_scale, mask, bias)
-    row = torch.where((bias != 0).any(dim=-1, keepdim=True), row.to(output.dtype), output[:, :, -1:])
-    return torch.cat([output[:, :, :-1], row], dim=2)
-
-
-# ---- phase 3: outputs ------------------------------------------------------------------------------------------------
+# ---- phase 4: outputs ------------------------------------------------------------------------------------------------
 def mix(call: AttentionCall, output: Tensor, edit: Mix) -> Tensor:
     """``lerp(output, target, weight)`` on the chosen query rows: one pass over the output beside the target's own cost.
 
     A non-linear path starts from the plain map of the call, not from what earlier mixes made of its output.
     """
-    rows = targets.query_rows(call, edit.tokens)
-    if rows.start == rows.stop:
+    span = targets.query_rows(call, edit.tokens)
+    if span.start == span.stop:
         return output
-    weight, plain = _weight(edit.weight, output), output[:, :, rows]
+    weight, plain = _weight(edit.weight, output), output[:, :, span]
     if edit.path == "linear":
-        target = targets.target_output(call, edit.target, rows)
+        target = targets.target_output(call, edit.target, span)
         mixed = torch.lerp(plain.to(weight.dtype), target.to(weight.dtype), weight)
     else:
-        mixed = targets.path_output(call, edit.path, weight, rows)
+        mixed = targets.path_output(call, edit.path, weight, span)
     chosen = weight != 0
     if isinstance(edit.target, RowKeys):  # queries without a share stay as they are
-        chosen = chosen & (segments.shares(call, edit.target).sum(1)[:, None, rows, None] > 0)
+        chosen = chosen & (segments.shares(call, edit.target).sum(1)[:, None, span, None] > 0)
     mixed = torch.where(chosen, mixed.to(output.dtype), plain)
-    if rows == slice(0, output.shape[2]):
+    if span == slice(0, output.shape[2]):
         return mixed
-    return torch.cat([output[:, :, : rows.start], mixed, output[:, :, rows.stop :]], dim=2)
+    return torch.cat([output[:, :, : span.start], mixed, output[:, :, span.stop :]], dim=2)
 
 
 def scale(call: AttentionCall, output: Tensor, edit: Scale) -> Tensor:
@@ -259,5 +320,4 @@ def _weight(weight: Tensor, output: Tensor) -> Tensor:
 
 
 INPUTS: dict[type, Callable[..., tuple[AttentionCall, Tensor]]] = {ClassMask: mask_classes, KeyBias: bias_keys}
-ROWS: dict[type, Callable[..., Tensor]] = {KeyBias: bias_last_row}
-OUTPUTS: dict[type, Callable[..., Tensor]] = {Mix: mix, Scale: scale}
+OUTPUTS: dict[type, Callable[..., Tensor]] = {Redistribute: sinks.redistribute, Mix: mix, Scale: scale}

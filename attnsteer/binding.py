@@ -37,7 +37,9 @@ class Binding:
         "loan",
         "main_call",
         "phase",
+        "predicts",
         "reactors",
+        "residual",
         "site",
         "spans",
         "step",
@@ -61,6 +63,8 @@ class Binding:
         self.phase: Phase = phase
         self.main_call = main_call  # which kernel call of the module is the text or joint one
         self.step: Tensor | None = None  # position in the schedule
+        self.predicts = 1  # how many of the last queries predict new tokens
+        self.residual: Tensor | None = None  # what entered the layer, where a processor asks for it
         self.loan: Loan | None = None  # keeps what rows of this forward lend to another one
         self.hit = False
 
@@ -94,7 +98,8 @@ def intervene(
         binding.site, kernel, q, k, v, visible, scale, is_causal, binding.spans, binding.phase, binding.lanes
     )
     edits = binding.edits
-    call.step = binding.step
+    call.step, call.predicts = binding.step, binding.predicts
+    call.residual, binding.residual = binding.residual, None
     if binding.loan is not None:
         binding.loan.note(call)
     for processor, state in binding.reactors:

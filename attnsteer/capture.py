@@ -236,7 +236,8 @@ class Capture(Processor):
 
     def react(self, call: AttentionCall) -> None:
         reasons = self.refusals(call.site)
-        call = _heads(call, Where(layers=call.site.name, heads=self.where.heads).select([call.site], (call.site.kind,)))
+        chosen = Where(layers=call.site.name, heads=self.where.heads).select([call.site], (call.site.kind,))
+        call = chosen_heads(call, chosen[call.site])
         columns = self._columns(call)
         size = self._bytes(call, columns)
         if self.byte_budget is not None and size > self.byte_budget:
@@ -288,9 +289,8 @@ class Capture(Processor):
         return {site.name: _stack(site.name, state["maps"]) for site, state in states.items() if state.get("maps")}
 
 
-def _heads(call: AttentionCall, selection: Mapping[Site, tuple[int, ...]]) -> AttentionCall:
+def chosen_heads(call: AttentionCall, heads: tuple[int, ...]) -> AttentionCall:
     """The call with the chosen heads alone, key heads repeated to match."""
-    heads = selection[call.site]
     if heads == tuple(range(call.q.shape[1])):
         return call
     own = torch.tensor(heads, device=call.q.device)

@@ -4,8 +4,7 @@ Every weight is a float32 tensor whose first axis is the batch row (or 1 for all
 that variants of a method share one kernel call. A weight of 0 leaves that row and head untouched, bit for bit.
 
 Order of composition at one site (``ORDER``): replace q, k, v; then masks and biases; then further key segments;
-then ``Mix``; then ``Scale``. ``Replace``, ``LogitEdit`` and ``Redistribute`` join this table together with the first
-method that needs them.
+then ``Redistribute``; then ``Mix``; then ``Scale``.
 
 Edits that read other rows of the batch (``Segments``, ``Mix`` toward ``RowKeys``) name them by position, so they come
 from ``react``, which sees the batch. Their ``source`` is a plain tuple: rows that read nothing cost nothing.
@@ -13,7 +12,7 @@ from ``react``, which sees the batch. Their ``source`` is a plain tuple: rows th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -82,6 +81,19 @@ Target: TypeAlias = OwnValue | MeanValue | MeanQuery | BlurredQuery | ArgmaxValu
 
 
 @dataclass(frozen=True, eq=False)
+class Replace:
+    """Other queries: ``q <- lerp(q, query, weight)``. All other edits of the call see the new ones.
+
+    Args:
+        query: ``(B, H, Nq, D)``, e.g. of another pass on the same rows.
+        weight: ``(R, H)`` float32 in [0, 1]; 0 leaves a row and head alone.
+    """
+
+    query: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Mix:
     """``output = lerp(output, target, weight)`` on the chosen query tokens.
 
@@ -110,12 +122,48 @@ class KeyBias:
     """``logits += bias`` on chosen keys; ``exp(bias)`` times the weight, then renormalised, is the same thing.
 
     Args:
-        bias: ``(R, H or 1, Nk)`` float32, finite (masking is not a bias).
-        queries: ``all`` or ``last`` (only the last query row, the one that predicts the next token).
+        bias: ``(R, H or 1, Nk)`` float32, finite (masking is not a bias). For ``last`` also ``(R, H or 1, n, Nk)``, a
+            bias for each of the n = ``call.predicts`` rows.
+        queries: ``all``, or ``last``: only the rows that predict new tokens (``AttentionCall.predicts``).
     """
 
     bias: Tensor
     queries: Literal["all", "last"] = "all"
+
+
+@dataclass(frozen=True, eq=False)
+class LogitEdit:
+    """A change of chosen logits in proportion to themselves, before the softmax.
+
+    ``signed``: ``z_j += w_j z_j`` with z before the mask (VAF); ``absolute``: ``z_j += w_j |z_j|`` with z behind the
+    mask, so that every visible logit moves the same way (PAI, PAINT).
+
+    Args:
+        weight: ``(R, H or 1, Nk)`` float32, finite; 0 leaves a key alone.
+        form: ``signed`` or ``absolute``.
+        queries: ``(R, Nq)`` bool, the rows that change (``signed`` alone); None: those that predict new tokens.
+        heads: ``(R, H)`` or ``(R, H, Nq)`` bool, the heads that change; None: all.
+    """
+
+    weight: Tensor
+    form: Literal["signed", "absolute"]
+    queries: Tensor | None = None
+    heads: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Redistribute:
+    """Moves a fraction of a row's probability on the keys ``source`` to the keys ``target``, in proportion to what they
+    have: ``A_S *= 1 - t`` and ``A_N *= 1 + t a_S / a_N`` with ``a_X = sum_{j in X} A_j``. Rows keep their sum.
+
+    Args:
+        source, target: ``(R, Nk)`` bool, disjoint. Rows of the map without mass on either stay as they are.
+        weight: ``(R, H, Nq)`` float32 in [0, 1]: the fraction t of each row of the map; 0 leaves it alone.
+    """
+
+    source: Tensor
+    target: Tensor
+    weight: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,10 +203,17 @@ class Segments:
     positions: Tensor | None = None
 
 
-Edit: TypeAlias = ClassMask | KeyBias | Segments | Mix | Scale
+Edit: TypeAlias = Replace | ClassMask | KeyBias | LogitEdit | Segments | Redistribute | Mix | Scale
 Reaction: TypeAlias = Edit | tuple[Edit, ...] | None
 """What a processor answers to a call."""
-ORDER: tuple[type, ...] = (ClassMask, KeyBias, Segments, Mix, Scale)
+ORDER: tuple[type, ...] = (Replace, ClassMask, KeyBias, LogitEdit, Segments, Redistribute, Mix, Scale)
+_PER_ROW: dict[type, tuple[str, ...]] = {
+    KeyBias: ("bias",),
+    LogitEdit: ("weight", "queries", "heads"),
+    Redistribute: ("weight", "source", "target"),
+}
+"""The tensors of an edit whose first axis is the batch row; ``("weight",)`` where nothing else is said. The first one
+says how strong the edit is."""
 
 
 def sources(edit: Edit) -> Sources | None:
@@ -170,21 +225,44 @@ def sources(edit: Edit) -> Sources | None:
     return None
 
 
-def _key(edit: Edit) -> tuple[object, ...]:
-    """Edits with equal keys differ in their tensor alone, so they can share one lowering."""
-    if isinstance(edit, Mix):
-        return (Mix, edit.target, edit.tokens, edit.path)
-    if isinstance(edit, KeyBias):
-        return (KeyBias, edit.queries, tuple(edit.bias.shape[1:]))
-    return (ClassMask, edit.classes) if isinstance(edit, ClassMask) else (Scale,)
+def map_tensors(edit: Edit, change: Callable[[Tensor], Tensor]) -> Edit:
+    """The edit with every per-row tensor changed."""
+    return _with_tensors(edit, {name: change(tensor) for name, tensor in _tensors(edit).items()})
+
+
+def acting_rows(edit: Edit) -> Tensor:
+    """Bool ``(R,)``: the rows in which an edit does anything."""
+    acts = (_tensor(edit) != 0).flatten(1).any(1)
+    if isinstance(edit, LogitEdit) and edit.heads is not None:
+        heads = edit.heads.flatten(1).any(1)
+        acts = acts & heads if len(heads) == len(acts) else acts.any() & heads
+    return acts
+
+
+def _tensors(edit: Edit) -> dict[str, Tensor]:
+    """The per-row tensors of an edit by name, the strength first."""
+    found = {name: getattr(edit, name) for name in _PER_ROW.get(type(edit), ("weight",))}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def _tensor(edit: Edit) -> Tensor:
-    return edit.bias if isinstance(edit, KeyBias) else edit.weight
+    return next(iter(_tensors(edit).values()))
 
 
-def _with_tensor(edit: Edit, tensor: Tensor) -> Edit:
-    return replace(edit, bias=tensor) if isinstance(edit, KeyBias) else replace(edit, weight=tensor)
+def _with_tensors(edit: Edit, tensors: Mapping[str, Tensor]) -> Edit:
+    return replace(edit, **tensors)  # type: ignore[arg-type]
+
+
+def _key(edit: Edit) -> tuple[object, ...]:
+    """Edits with equal keys differ in their tensors alone, so they can share one lowering."""
+    if isinstance(edit, Mix):
+        return (Mix, edit.target, edit.tokens, edit.path)
+    if isinstance(edit, (KeyBias, LogitEdit, Redistribute)):
+        shapes = tuple((name, tuple(tensor.shape[1:])) for name, tensor in _tensors(edit).items())
+        return (type(edit), getattr(edit, "form", None) or getattr(edit, "queries", None), *shapes)
+    if isinstance(edit, Replace):
+        return (Replace, id(edit.query))
+    return (ClassMask, edit.classes) if isinstance(edit, ClassMask) else (Scale,)
 
 
 def stack_rows(rows: Sequence[Sequence[Edit]]) -> tuple[Edit, ...]:
@@ -215,10 +293,11 @@ def stack_rows(rows: Sequence[Sequence[Edit]]) -> tuple[Edit, ...]:
     for _, members in slots:
         sample = next(iter(members.values()))
         neutral: Callable[[Tensor], Tensor] = torch.ones_like if isinstance(sample, Scale) else torch.zeros_like
-        parts = [_tensor(members[r]) if r in members else neutral(_tensor(sample)) for r in range(len(rows))]
-        if all(torch.equal(part, parts[0]) for part in parts[1:]):
+        blank = {name: neutral(tensor) for name, tensor in _tensors(sample).items()}
+        parts = [_tensors(members[r]) if r in members else blank for r in range(len(rows))]
+        if all(torch.equal(part[name], parts[0][name]) for part in parts[1:] for name in blank):
             parts = parts[:1]
-        stacked.append(_with_tensor(sample, torch.cat(parts)))
+        stacked.append(_with_tensors(sample, {name: torch.cat([part[name] for part in parts]) for name in blank}))
     return tuple(sorted(stacked, key=lambda edit: ORDER.index(type(edit))))
 
 
@@ -230,15 +309,23 @@ def restrict(edit: Edit, mask: Tensor, lanes: int = 1) -> Edit:
             repetition.
         lanes: how often the rows of the mask repeat as blocks, one after the other.
     """
-    tensor = _tensor(edit)
     if mask.shape[0] > 1:
-        rows = max(tensor.shape[0], lanes * mask.shape[0])
-        tensor, mask = expand_rows(tensor, rows), torch.cat([expand_rows(mask, rows // lanes)] * lanes)
+        rows = max(_tensor(edit).shape[0], lanes * mask.shape[0])
+        edit = map_tensors(edit, lambda tensor: expand_rows(tensor, rows))
+        mask = torch.cat([expand_rows(mask, rows // lanes)] * lanes)
+    if isinstance(edit, LogitEdit):  # one weight for all heads stays one: it costs one kernel call, many cost several
+        chosen = torch.ones_like(mask) if edit.heads is None else edit.heads
+        return replace(edit, heads=chosen & (mask[..., None] if chosen.dim() == 3 else mask))
+    name, tensor = next(iter(_tensors(edit).items()))
     neutral = torch.ones_like(tensor) if isinstance(edit, Scale) else torch.zeros_like(tensor)
-    return _with_tensor(edit, torch.where(mask[..., None] if tensor.dim() == 3 else mask, tensor, neutral))
+    mask = mask.reshape(*mask.shape, *[1] * (tensor.dim() - 2))
+    return _with_tensors(edit, {name: torch.where(mask, tensor, neutral)})
 
 
 def tile_rows(edit: Edit, batch: int, lanes: int) -> Edit:
     """An edit of ``batch`` rows for a batch that holds these rows ``lanes`` times, one block after the other."""
-    tensor = _tensor(edit)
-    return edit if tensor.shape[0] == 1 else _with_tensor(edit, torch.cat([expand_rows(tensor, batch)] * lanes))
+
+    def tile(tensor: Tensor) -> Tensor:
+        return tensor if tensor.shape[0] == 1 else torch.cat([expand_rows(tensor, batch)] * lanes)
+
+    return map_tensors(edit, tile)

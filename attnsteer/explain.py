@@ -10,6 +10,7 @@ from .attach import _occupied, refusals, rows_given, sites, why_taken
 from .errors import SteeringError
 from .fork import stages_before, why_no_fork
 from .hosts.worlds import models_of
+from .nursing import Moment
 from .processor import Processor, parameters
 from .scheduler import Plan, make_plan, plans_of, wanted_sites
 from .where import Where
@@ -42,8 +43,9 @@ class Explanation:
         extra_rows: rows of the additional forward in a step where everything is active, for each picture or prompt.
         fork: where the additional forward enters the model, in words; empty where there is none.
         shared: fraction of the stages that the additional forward does not compute again.
-        bytes: what is kept: ``edits`` (weights at the sites) and ``tape`` (stage outputs for the fork; a list entry for
-            families whose size cannot be told is missing).
+        bytes: what is kept: ``edits`` (weights at the sites), and with guidance ``tape`` (stage outputs for the fork)
+            and ``loans`` (keys and values that perturbed rows read, see ``attnsteer.lending``); where the size of the
+            latter two cannot be told they are missing.
         refused: reasons why this cannot run; empty where it can.
     """
 
@@ -90,7 +92,7 @@ def explain(
     """The dry run of ``attach`` with the same arguments: refusals are collected, not raised.
 
     Args:
-        **shape: for the memory of the fork: ``height`` and ``width`` in pixels, ``batch`` (pictures; one for each
+        **shape: for the memory of fork and loans: ``height`` and ``width`` in pixels, ``batch`` (pictures; one for each
             variant if not given) and ``text`` (tokens of the prompt; an upper bound if not given).
     """
     _check(shape)
@@ -135,25 +137,37 @@ def _explanation(target: Any, rows: Any, refused: list[str], shape: Mapping[str,
         "refused": refused,
     }
     live = tuple(tuple(plan for plan in row if not plan.processor.inert) for row in rows)
-    if any("image_free" in plan.processor.lanes for row in live for plan in row):
-        facts["extra"] = "one pass of the prompt with and without its image before each generation (2 rows a prompt)"
-        facts["extra_rows"] = 2
-    nursing = [plan for row in live for plan in row if plan.nursing is not None]
-    if nursing:
-        facts["extra"] = (
-            "in each step of an update one more forward of the conditional rows with gradient, up to "
-            f"{wanted_sites([nursing])[-1].name}, and its backward; more where the update is repeated"
-        )
-        facts["extra_rows"] = 1
-    guiding = tuple(tuple(plan for plan in row if plan.guides) for row in live)
-    if any(guiding):
-        kept, before = facts["bytes"], facts
-        facts = facts | _guidance_facts(target, guiding, {"batch": len(rows), **shape})
-        if nursing:
-            facts["extra"] = f"{before['extra']}; {facts['extra']}"
-            facts["extra_rows"] += before["extra_rows"]
-        facts["bytes"] = kept | facts["bytes"]
+    extra = _further_passes(live)
+    if any(plan.guides for row in live for plan in row):
+        guided = _guidance_facts(target, live, {"batch": len(rows), **shape})
+        extra.append((guided.pop("extra"), guided.pop("extra_rows")))
+        facts |= guided | {"bytes": facts["bytes"] | guided["bytes"]}
+    if extra:
+        facts |= {"extra": "; ".join(what for what, _ in extra), "extra_rows": sum(count for _, count in extra)}
     return Explanation(type(target).__name__, **facts)
+
+
+def _further_passes(live: Any) -> list[tuple[str, int]]:
+    """What runs beside the plain model, but for guidance: in words, and how many rows for each picture or prompt."""
+    plans, extra = plans_of(live), []
+    if any("image_free" in plan.processor.lanes for plan in plans):
+        extra.append(("one pass of the prompt with and without its image before each generation (2 rows a prompt)", 2))
+    if any(plan.survey is not None for plan in plans):
+        extra.append(("one plain pass of the prompt before each generation (1 row a prompt)", 1))
+    second = {plan.processor.contrast() for plan in plans} - {None}
+    if second:
+        often = f", {len(second)} times" if len(second) > 1 else ""
+        extra.append((f"for every token a second forward of all rows{often}, with a cache of its own", len(second)))
+    fiftieths = [i for i in range(50) if any(plan.processor.plain_first(Moment(i, 50)) for plan in plans)]
+    if fiftieths:
+        often = f"in about {2 * len(fiftieths)} % of the steps"
+        extra.append((f"{often} one more, plain forward of all rows (both branches of guidance)", 2))
+    nursing = [plan for plan in plans if plan.nursing is not None]
+    if nursing:
+        last = wanted_sites([nursing])[-1].name
+        what = f"one more forward of the conditional rows with gradient, up to {last}, and its backward"
+        extra.append((f"in each step of an update {what}; more where the update is repeated", 1))
+    return extra
 
 
 def _part(plan: Plan) -> Part:
@@ -176,13 +190,14 @@ def _steps(where: Where) -> str:
     return str(steps)
 
 
-def _guidance_facts(target: Any, guiding: Any, shape: Mapping[str, int]) -> dict[str, Any]:
-    """The perturbed lane: how many rows, from which stage on, and what the fork keeps in memory."""
+def _guidance_facts(target: Any, live: Any, shape: Mapping[str, int]) -> dict[str, Any]:
+    """The perturbed lane: how many rows, from which stage on, and what fork and loans keep in memory."""
     from .hosts import denoisers, estimate
     from .hosts.base import is_compiled, unwrap
 
-    model = models_of(target)[0]
+    model, scale = models_of(target)[0], getattr(target, "vae_scale_factor", None)
     family = denoisers.family_of(model)
+    guiding = tuple(tuple(plan for plan in row if plan.guides) for row in live)
     lanes = max(len(row) for row in guiding)
     first = wanted_sites(guiding)[0]
     facts: dict[str, Any] = {
@@ -193,16 +208,18 @@ def _guidance_facts(target: Any, guiding: Any, shape: Mapping[str, int]) -> dict
     if family is None:
         return facts | {"fork": "nothing is shared: the family has no descriptor"}
     stages = denoisers.stages(model, family)
+    lent = {site for plan in plans_of(live) if plan.processor.reads_rows for site in plan.selection}
+    size = estimate.loan_bytes(unwrap(model), family, sorted(lent, key=lambda s: s.index), scale, shape)
+    if lent and size is not None:
+        facts["bytes"]["loans"] = size
     why = why_no_fork(stages, {}, (), is_compiled(model))
     before = [] if why else stages_before(stages, [site.name for site in wanted_sites(guiding)])
     if before:
         facts["fork"] = f"enters before {stages[len(before)][0]}: {len(before)} of {len(stages)} stages are shared"
         facts["shared"] = len(before) / len(stages)
-        size = estimate.tape_bytes(
-            unwrap(model), family, before, first, getattr(target, "vae_scale_factor", None), shape
-        )
+        size = estimate.tape_bytes(unwrap(model), family, before, first, scale, shape)
         if size is not None:
-            facts["bytes"] = {"tape": size}
+            facts["bytes"]["tape"] = size
     else:
         facts["fork"] = f"nothing is shared: {why or 'the first stage is perturbed'}"
     return facts

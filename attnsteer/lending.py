@@ -10,7 +10,8 @@ Were its sources the perturbed rows of the story, each row's guidance would also
 did to the other pictures, and a row could not be guided alone. What is asked for (masks, draws, weights) is what the
 conditional row was asked for: the processor answers to the shape of the conditional call once more.
 
-Cost: keys and values of the sharing sites live until the scheduler steps, ``2 B Hkv Nk D`` numbers each.
+Cost: keys and values of the sharing sites live until the scheduler steps, ``2 B Hkv Nk D`` numbers each; ``explain``
+tells how many bytes that is.
 Limit: not tested under ``torch.compile``; perturbed and conditional batches differ in size, and graphs for any size
 break where sources are read, so the number of graphs is not bounded.
 """
@@ -24,7 +25,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from .binding import Binding
-from .edits import ClassMask, Edit, KeyBias, Mix, Reaction, RowKeys, Segments, Sources
+from .edits import ClassMask, Edit, Mix, Reaction, Replace, RowKeys, Segments, Sources, map_tensors
 from .reacting import Reacts
 from .scheduler import Plan, plans_of
 from .site import AttentionCall, Site, expand_rows
@@ -108,12 +109,12 @@ def of_rows(edit: Edit, rows: tuple[int, ...], index: Tensor, batch: int) -> Edi
     def read(source: Sources) -> Sources:
         return tuple(source[row] for row in rows)
 
-    if isinstance(edit, KeyBias):
-        return replace(edit, bias=pick(edit.bias))
-    edit = replace(edit, weight=pick(edit.weight))
+    edit = map_tensors(edit, pick)
     if isinstance(edit, Segments):
         bias, keys, queries, positions = map(maybe, (edit.bias, edit.keys, edit.queries, edit.positions))
         return Segments(read(edit.source), edit.weight, bias, keys, queries, positions)
+    if isinstance(edit, Replace):
+        return replace(edit, query=pick(edit.query))
     if isinstance(edit, ClassMask):
         return replace(edit, classes=edit.classes.of_rows(rows, batch))
     if isinstance(edit, Mix) and isinstance(edit.target, RowKeys):

@@ -55,12 +55,33 @@ def row_attention(
     dtype = compute_dtype(q)
     logits = plain_logits(q, k, scale)
     logits = logits if mask is None else logits + additive(mask, dtype)
-    logits = logits if bias is None else logits + bias.to(dtype)
-    peak = logits.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(dtype).min)
+    return weighted(softmax(logits if bias is None else logits + bias.to(dtype)), v)
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """Probabilities of masked logits along the last axis; a row without a visible key gives zeros."""
+    peak = logits.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)
     weights = torch.exp(logits - peak)
-    weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
-    grouped = weights.unflatten(1, (k.shape[1], -1))  # (B, Hkv, G, n, Nk)
-    return torch.matmul(grouped, v.to(dtype)[:, :, None]).flatten(1, 2)
+    return weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).tiny)
+
+
+def weighted(weights: Tensor, v: Tensor) -> Tensor:
+    """``sum_j w_ij v_j`` of a few rows: ``(B, H, n, Nk)`` and v un-repeated -> ``(B, H, n, Dv)``."""
+    grouped = weights.unflatten(1, (v.shape[1], -1))  # (B, Hkv, G, n, Nk)
+    return torch.matmul(grouped, v.to(weights.dtype)[:, :, None]).flatten(1, 2)
+
+
+def last_rows_mask(call: AttentionCall, n: int) -> Tensor | None:
+    """The mask of the last n queries with the causal order in it, so that no flag is needed."""
+    n_q, n_k = call.q.shape[2], call.k.shape[2]
+    mask = call.mask_rows(slice(n_q - n, n_q))
+    if not call.is_causal or n == 1:  # the last query sees every key
+        return mask
+    keys = torch.arange(n_k, device=call.q.device)
+    seen = keys <= (keys[n_k - n :, None])  # (n, Nk)
+    if mask is None:
+        return seen
+    return mask & seen if mask.dtype == torch.bool else mask + additive(seen, mask.dtype)
 
 
 def block_mask(call: AttentionCall, rows: slice, keys: slice) -> Tensor | None:

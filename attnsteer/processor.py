@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from .edits import Edit, Reaction
 from .errors import SteeringError
-from .nursing import Nursing, map_layers
+from .nursing import Moment, Nursing, map_layers
 from .site import AttentionCall, Kind, Site
+from .steps import StepEnd
 from .where import Where
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .contrast import Counterpart
 
 P = TypeVar("P", bound="Processor")
 
@@ -21,7 +27,9 @@ class Processor:
     """Base of all methods: a frozen dataclass of the method's hyper-parameters.
 
     A method overrides ``plan`` where the edit does not depend on the data (asked once per site at attach), ``react``
-    where it does (asked in every kernel call), or ``nursing`` where it moves the latent instead (asked once at attach).
+    where it does (asked in every kernel call), ``nursing`` where it moves the latent instead (asked once at attach), or
+    ``contrast`` and ``combine`` where it compares two predictions of the next token. A method whose layers must know
+    the whole prompt beforehand gives a ``survey``.
     The class attributes say where the method may act:
 
     * ``kinds``: kinds of sites, in order of preference (see ``Where.select``);
@@ -30,7 +38,11 @@ class Processor:
       its image, in lock-step, before generation);
     * ``reads_only``: ``react`` only looks and never gives an edit, so that it goes with guidance;
     * ``reads_rows``: ``react`` reads other rows of the batch, so that no row may run without them;
-    * ``needs``: what ``react`` must know beyond the order of tokens: ``"grid"`` or ``"rotary"`` of ``Spans``.
+    * ``call``: how to use a method that asks a model several times instead of acting inside it (``CARVE``), as a line
+      of Python; such a method cannot be attached;
+    * ``last_row_only``: every edit changes the output of the last query row alone, so that prompts with one prefill can
+      be shared (``attnsteer.prefill``);
+    * ``samples``: edits of the kinds that ``react`` gives, so that pairs that do not compose are refused at attach.
     """
 
     where: Where = Where()
@@ -39,7 +51,9 @@ class Processor:
     lanes: ClassVar[tuple[str, ...]] = ()
     reads_only: ClassVar[bool] = False
     reads_rows: ClassVar[bool] = False
-    needs: ClassVar[tuple[str, ...]] = ()
+    call: ClassVar[str] = ""
+    last_row_only: ClassVar[bool] = False
+    samples: ClassVar[tuple[Edit, ...]] = ()
 
     def where_for(self, sites: Sequence[Site]) -> Where:
         """The selection on a model; methods whose default depends on the number of layers override it."""
@@ -57,6 +71,42 @@ class Processor:
         kernel."""
         return None
 
+    def survey(self, sites: Sequence[Site]) -> Processor | None:
+        """A reader (``reads_only``) that is shown the plain prompt before a generation, in one prefill without edits
+        and without a cache; None where the method needs none. Language models only.
+
+        What its ``react`` leaves in ``call.shared`` is in ``call.shared`` of this method at all of its own sites. Its
+        ``where`` says what it reads. Surveys that are equal are read once, so it should not hold strengths.
+        """
+        return None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What ``react`` must know beyond the order of tokens: ``"grid"``, ``"rotary"``, ``"question"`` or ``"words"``
+        (of the question; takes the tokenizer) of ``Spans``, or the ``"residual"`` stream entering each layer of a
+        language model; who reads that sees every prompt, also outside its ``steps``."""
+        return ()
+
+    @property
+    def marker(self) -> str:
+        """The text by which a prompt that was typed by hand asks for the answer, e.g. ``"ASSISTANT:"``, where there is
+        no chat template that says so."""
+        return ""
+
+    def plain_first(self, moment: Moment) -> bool:
+        """Whether the model runs once more before its forward in this step, plainly and on the same rows, so that
+        ``note`` can look (diffusion pipelines)."""
+        return False
+
+    def note(self, call: AttentionCall, moment: Moment) -> None:
+        """Leave in ``call.state`` what ``react`` shall know of one kernel call of that plain forward."""
+
+    def after_step(self, states: Mapping[Site, dict[str, Any]], end: StepEnd) -> None:
+        """A step in which the method acted is over: turn what its sites saw into what they use in the next one.
+
+        Outside of the model, so that the host may wait for the device here (diffusion pipelines).
+        """
+
     def nursing(self) -> Nursing | None:
         """A loss on the maps of words that the latent follows before each step (``attnsteer.nursing``); None where the
         method has none."""
@@ -65,6 +115,21 @@ class Processor:
     def guidance(self, timestep: float) -> float:
         """Scale w of ``w * (cond - perturbed)`` at a scheduler timestep (methods with the ``perturbed`` lane)."""
         return 0.0
+
+    def contrast(self) -> Counterpart | None:
+        """What a second prediction of every token is made from (``attnsteer.contrast``); None where the method needs
+        none. A contrast edits no attention, and the second prediction is that of the plain model."""
+        return None
+
+    def combine(self, logits: Tensor, other: Tensor, step: Tensor) -> Tensor:
+        """The logits that the next token is chosen by (methods with a ``contrast``).
+
+        Args:
+            logits: ``(B, T, V)`` of the steered prompt, float32 or wider.
+            other: ``(B, T, V)`` of the counterpart.
+            step: ``(T,)`` int: how many tokens were generated before each of these predictions.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has a contrast, so it has to say how to combine it.")
 
     @property
     def token_agnostic(self) -> bool:
@@ -75,6 +140,18 @@ class Processor:
     def inert(self) -> bool:
         """True where the parameters make the method a no-op (strength 0): the engine then leaves the model alone."""
         return False
+
+    @property
+    def finds_words(self) -> bool:
+        """True where ``after_step`` looks for words in the prompt."""
+        return False
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What the host shall find out about the model or the picture, by name, with parameters; ``call.state`` then
+        holds it under that name in every generation. Language models know ``"massive_channels"`` (the ratio to the RMS
+        from which a channel of the residual stream counts) and ``"cls_attention"`` (layers of the vision tower)."""
+        return {}
 
     @property
     def removal(self) -> str:
@@ -122,6 +199,14 @@ def check_number(owner: Processor, name: str, low: float = -math.inf, high: floa
     ):
         upward = f" to {high:g}" if high < math.inf else " up"
         bounds = f"a number from {low:g}{upward}" if low > -math.inf else "a finite number"
+        raise SteeringError(f"{type(owner).__name__}({name}={value!r}) is out of range: allowed is {bounds}.")
+
+
+def check_integer(owner: Processor, name: str, low: int = 0, high: int | None = None) -> None:
+    """Refuse a parameter that is no int from ``low`` to ``high``."""
+    value = getattr(owner, name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        bounds = f"an int from {low}" + (" up" if high is None else f" to {high}")
         raise SteeringError(f"{type(owner).__name__}({name}={value!r}) is out of range: allowed is {bounds}.")
 
 

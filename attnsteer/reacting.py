@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -58,6 +58,17 @@ class Silent:
 
     def react(self, call: AttentionCall) -> None:
         self.inner.react(call)
+
+
+class Sharing:
+    """A reaction whose sites have one dict in common, ``call.shared``."""
+
+    def __init__(self, inner: Reacts, shared: dict[str, Any]):
+        self.inner, self.shared = inner, shared
+
+    def react(self, call: AttentionCall) -> Reaction:
+        call.shared = self.shared
+        return self.inner.react(call)
 
 
 def limited(plan: Plan, site: Site, rows: Sequence[Sequence[Plan]], device: torch.device) -> Reacts:

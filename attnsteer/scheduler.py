@@ -8,13 +8,13 @@ strengths, heads and layers takes one kernel call (``edits.stack_rows``).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from .attend import conflicts
-from .edits import BlurredQuery, Edit, KeyBias, Mix, Segments, stack_rows
+from .edits import BlurredQuery, Edit, Mix, Segments, map_tensors, stack_rows
 from .errors import SteeringError, WhereError
 from .nursing import Nursing
 from .processor import Processor
@@ -30,7 +30,8 @@ class Plan:
     """One processor on one model: what it selected and what it wants there.
 
     ``edits`` holds the data-independent edits; ``states`` one dict per site for processors that react to data;
-    ``nursing`` the loss that the latent follows.
+    ``nursing`` the loss that the latent follows. ``survey`` reads the prompt before a generation and leaves what it
+    finds in ``shared``, one dict for all sites.
     """
 
     processor: Processor
@@ -39,6 +40,8 @@ class Plan:
     edits: Mapping[Site, Edit]
     states: Mapping[Site, dict[str, Any]] = field(default_factory=dict)
     nursing: Nursing | None = None
+    survey: Plan | None = None
+    shared: dict[str, Any] = field(default_factory=dict)
 
     @property
     def guides(self) -> bool:
@@ -72,7 +75,9 @@ def make_plan(processor: Processor, sites: Sequence[Site]) -> Plan:
         raise SteeringError(reasons)
     wanted = {site: processor.plan(site, heads) for site, heads in selection.items()}
     edits = {site: edit for site, edit in wanted.items() if edit is not None}
-    return Plan(processor, where, selection, edits, {site: {} for site in selection}, processor.nursing())
+    reader = processor.survey(sites)
+    survey = None if reader is None else make_plan(reader, sites)
+    return Plan(processor, where, selection, edits, {site: {} for site in selection}, processor.nursing(), survey)
 
 
 _SHARED = Segments((), torch.ones(1, 1))
@@ -90,7 +95,9 @@ def row_conflicts(rows: Rows) -> list[str]:
     for row in rows:
         for site in wanted_sites((row,)):
             shares = site.kind != "cross" and any(p.processor.reads_rows and site in p.selection for p in row)
-            found += conflicts([plan.edits[site] for plan in row if site in plan.edits] + [_SHARED] * shares)
+            kinds = [edit for p in row if site in p.selection and not p.processor.inert for edit in p.processor.samples]
+            edits = [plan.edits[site] for plan in row if site in plan.edits]
+            found += conflicts(edits + kinds + [_SHARED] * shares)
     return list(dict.fromkeys(found))
 
 
@@ -125,7 +132,7 @@ def row_of(rows: Rows, index: int, total: int) -> tuple[Plan, ...]:
 def merge_edits(rows: Sequence[Sequence[Plan]], site: Site, device: torch.device) -> tuple[Edit, ...]:
     """The edits of all rows at a site, with tensors ``(R, ...)`` on the device that computes."""
     asked = [[plan.edits[site] for plan in row if site in plan.edits] for row in rows]
-    return tuple(_to(edit, device) for edit in stack_rows(asked))
+    return tuple(map_tensors(edit, lambda tensor: tensor.to(device)) for edit in stack_rows(asked))
 
 
 def wanted_sites(rows: Sequence[Sequence[Plan]]) -> list[Site]:
@@ -136,9 +143,3 @@ def wanted_sites(rows: Sequence[Sequence[Plan]]) -> list[Site]:
 def needs_grid(edits: Sequence[Edit]) -> bool:
     """Whether an edit must know how the image tokens lie in the plane."""
     return any(isinstance(edit, Mix) and isinstance(edit.target, BlurredQuery) for edit in edits)
-
-
-def _to(edit: Edit, device: torch.device) -> Edit:
-    if isinstance(edit, KeyBias):
-        return replace(edit, bias=edit.bias.to(device))
-    return replace(edit, weight=edit.weight.to(device))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class Site:
         rotary: how positions turn queries and keys before the kernel: ``none``, ``pairs`` (pairs of channels, and the
             host can give ``Spans.rotary``), or ``unknown``.
         level: how often the latent was halved where the site works (UNets); None where all sites see one size.
+        width: width of the residual stream (language models); 0 where nobody asks.
     """
 
     name: str
@@ -43,6 +44,34 @@ class Site:
     order: tuple[str, ...] = ()
     rotary: Literal["none", "pairs", "unknown"] = "none"
     level: int | None = None
+    width: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """Where the queries and keys of a call stand in the whole prompt, however the cache keeps it: keys of a layer with
+    a sliding window start late, static caches end in empty slots, a prompt may come in chunks.
+
+    Attributes:
+        queries: ``(Nq,)`` and keys: ``(Nk,)`` positions from 0, padding counted.
+        before_image: ``(B, Nk)`` bool, text in front of the first image token.
+        after_image: ``(B, Nq)`` bool, queries behind the last image token of the prompt.
+        image_index: ``(B, Nk)``, how many image tokens of the row come before this key (its own number, if it is one).
+    """
+
+    queries: Tensor
+    keys: Tensor
+    before_image: Tensor
+    after_image: Tensor
+    image_index: Tensor
+
+
+class Word(NamedTuple):
+    """A word of the prompt and the tokens ``[start, stop)`` that spell it."""
+
+    text: str
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,12 +83,21 @@ class Spans:
         grid: ``(T, H, W)`` of the image tokens, row-major, where the family has one grid for all rows.
         rotary: cosines and sines ``(N, D)`` each, by which queries and keys were turned (pairs of channels), where the
             family has rotary positions of this form.
+        question: bool ``(B, N)``, the tokens of the user's question without template and assistant tokens, where a
+            processor needs it (language models).
+        words: for every row of the prompt the words of its question, where the tokenizer is known.
+        places: int ``(N,)``, where in the prompt (counted with its padding) each key stands; goes with ``question``.
+        reading: where queries and keys stand in the prompt (language models).
     """
 
     image: slice | Tensor
     text: slice | Tensor
     grid: tuple[int, int, int] | None = None
     rotary: tuple[Tensor, Tensor] | None = None
+    question: Tensor | None = None
+    words: tuple[tuple[Word, ...], ...] | None = None
+    places: Tensor | None = None
+    reading: Reading | None = None
 
 
 @dataclass(eq=False)
@@ -70,10 +108,15 @@ class AttentionCall:
     float, broadcastable to ``(B, H, Nq, Nk)``, or None. ``visible`` is the mask, or makes it once somebody asks for it:
     most edits never look, and some hosts must build a dense one or cannot say what it is. ``lanes`` names groups of
     rows, e.g. ``{"main": slice(0, 2)}``.
-    ``state`` lives as long as one generation and belongs to one (processor, site). ``step`` is the position in the
+    ``state`` lives as long as one generation and belongs to one (processor, site); ``shared`` lives as long and belongs
+    to all sites of a processor (language models). ``step`` is the position in the
     schedule as a 0-d int tensor (a plain int would make a compiled graph for each step), None where there is none.
     ``classes`` are the class masks that edits have put on the call. ``lent`` is the call of an earlier forward
     where edits that read rows mean the rows of that one (``attnsteer.lending``) and not those of this call.
+    ``predicts`` is how many of the last queries predict a new token: 1 for a prompt (its last row), 0 for a chunk that
+    does not end it, all of them in decode, where a step may check several guessed tokens at once (and where a user's
+    own loop feeds more text to a cache, which cannot be told from that). ``residual`` holds
+    the hidden states ``(B, Nq, width)`` that enter the layer, for methods with ``needs = ("residual",)``.
     """
 
     site: Site
@@ -88,9 +131,13 @@ class AttentionCall:
     phase: Phase = "denoise"
     lanes: Mapping[str, slice] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
     step: Tensor | None = None
     classes: tuple[Any, ...] = ()
     lent: AttentionCall | None = None
+    predicts: int = 1
+    residual: Tensor | None = None
+    _parts: list[tuple[Tensor, Any]] = field(default_factory=list, init=False, repr=False)
     _output: Tensor | None = field(default=None, init=False, repr=False)
 
     @property
@@ -103,12 +150,27 @@ class AttentionCall:
             self._output = self.kernel(self.q, self.k, self.v)
         return self._output
 
+    def track_output(self) -> Tensor:
+        """The output as a tensor whose gradient can be asked for; where nothing before it has one, a graph begins
+        here. Its values stay."""
+        plain = self.output  # the model would go on with a sibling of this view: it gets a view of our own
+        self._output = plain.view_as(plain) if plain.requires_grad else plain.detach().requires_grad_()
+        return self._output
+
     @property
     def mask(self) -> Tensor | None:
         """Which keys each query sees. Made once, where somebody asks."""
         if not isinstance(self.visible, Tensor) and callable(self.visible):
             self.visible = self.visible()
         return self.visible
+
+    def part(self, keys: Tensor, make: Callable[[AttentionCall, Tensor], Any]) -> Any:
+        """``make(self, keys)``, computed once for each tensor that names a set of keys."""
+        found = next((made for known, made in self._parts if known is keys), None)
+        if found is None:
+            found = make(self, keys)
+            self._parts.append((keys, found))
+        return found
 
     @property
     def lender(self) -> AttentionCall:

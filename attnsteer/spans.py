@@ -9,29 +9,37 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import SteeringError
-from .site import Spans
+from .site import Reading, Spans, Word
+
+Questions = Callable[[Tensor, Tensor], "tuple[Tensor, tuple[tuple[Word, ...], ...] | None]"]
+"""``(ids, real tokens) -> question tokens (B, N), words of each row's question``."""
 
 
 class KeySpans:
-    """The image and the text tokens among the keys of each attention call of a language model.
+    """The image, text and question tokens among the keys of each attention call of a language model.
 
     Keys do not simply grow: a static cache has empty slots at the end, and a layer with a sliding window loses its
     oldest keys in decode. The cache knows (``get_mask_sizes``), so it is asked before each forward pass.
 
     Args:
         image_mask: ``ids -> bool`` of the same shape, True at image tokens.
+        questions: ``(ids, real) -> bool (B, N), words``: the user's question in each prompt, where somebody needs it.
     """
 
-    def __init__(self, image_mask: Callable[[Tensor], Tensor]):
-        self._image_mask = image_mask
+    def __init__(self, image_mask: Callable[[Tensor], Tensor], questions: Questions | None = None):
+        self._image_mask, self._questions = image_mask, questions
+        self._question: Tensor | None = None  # (B, tokens of the prompt)
+        self._words: tuple[tuple[Word, ...], ...] | None = None
         self._image: Tensor | None = None  # (B, tokens so far)
         self._real: Tensor | None = None  # the same without padding
+        self._fresh = 0  # tokens of the forward pass in progress
         self._made: dict[tuple[int, int, int], Spans] = {}
 
     def begin(self, ids: Tensor | None, mask: Tensor | None) -> None:
@@ -48,6 +56,8 @@ class KeySpans:
         self._real = torch.ones_like(self._image)
         if mask is not None and mask.shape == ids.shape:
             self._real = mask.bool()
+        if self._questions is not None:
+            self._question, self._words = self._questions(ids, self._real)
 
     def follow(self, ids: Tensor, seen: int) -> int:
         """Take the tokens of the next forward pass along, of which the cache holds ``seen`` before; gives the total."""
@@ -57,11 +67,12 @@ class KeySpans:
             times = ids.shape[0] // self._image.shape[0]
             self._image = self._image.repeat_interleave(times, dim=0)
             self._real = self._real.repeat_interleave(times, dim=0)
+            self._question = None if self._question is None else self._question.repeat_interleave(times, dim=0)
         fresh = total - self._image.shape[1]
         if fresh > 0:
             self._image = torch.cat([self._image, self._image_mask(ids[:, -fresh:])], dim=1)
             self._real = torch.cat([self._real, torch.ones_like(ids[:, -fresh:], dtype=torch.bool)], dim=1)
-        self._made = {}
+        self._made, self._fresh = {}, ids.shape[1]
         return total
 
     def window(self, offset: int, length: int, total: int) -> Spans:
@@ -69,12 +80,49 @@ class KeySpans:
         assert self._image is not None and self._real is not None
         key = (offset, length, total)
         if key not in self._made:
-            stop = min(offset + length, total)
-            pad = (0, offset + length - stop)
-            image = torch.nn.functional.pad(self._image[:, offset:stop], pad)
-            real = torch.nn.functional.pad(self._real[:, offset:stop], pad)
-            self._made[key] = Spans(image, real & ~image)
+            spans = spans_of(self._image, self._real, (offset, length), (total - self._fresh, total))
+            self._made[key] = replace(spans, **self._asked(offset, length, min(offset + length, total)))
         return self._made[key]
+
+    def _asked(self, offset: int, length: int, stop: int) -> dict[str, Any]:
+        """The question among ``length`` keys from ``offset`` on; what is generated belongs to no question."""
+        if self._question is None:
+            return {}
+        question = self._question[:, offset:stop]
+        question = torch.nn.functional.pad(question, (0, length - question.shape[1]))
+        places = torch.arange(offset, offset + length, device=question.device)
+        return {"question": question, "words": self._words, "places": places}
+
+
+def spans_of(
+    image: Tensor, real: Tensor, keys: tuple[int, int] | None = None, queries: tuple[int, int] | None = None
+) -> Spans:
+    """The spans of one forward pass of a language model.
+
+    Args:
+        image, real: ``(B, N)`` bool: the image tokens of the whole prompt, and the tokens that are no padding.
+        keys: position of the first key and the number of keys, empty slots included; None: all N tokens.
+        queries: positions of the first query and behind the last one; None: all N tokens.
+    """
+    offset, length = (0, image.shape[1]) if keys is None else keys
+    first, total = (0, image.shape[1]) if queries is None else queries
+    stop = min(offset + length, total)
+
+    def window(x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(x[:, offset:stop], (0, offset + length - stop))
+
+    place = torch.arange(max(image.shape[1], total, offset + length), device=image.device)
+    count = image.long().cumsum(1)  # image tokens up to and with each one
+    last = torch.where(image, place[: image.shape[1]], -1).amax(1, keepdim=True)  # (B, 1), -1 without image
+    reading = Reading(
+        queries=place[first:total],
+        keys=place[offset : offset + length],
+        before_image=window(real & (count == 0) & (last >= 0)),
+        after_image=(place[first:total] > last) & (last >= 0),
+        image_index=window(count - image.long()),
+    )
+    there = window(image)
+    return Spans(there, window(real) & ~there, reading=reading)
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------

@@ -68,22 +68,29 @@ def share(
 
     Args:
         read: for each picture of a story the others that it reads.
-        kept: bool ``(pictures, m)``: the tokens of each picture that others see.
+        kept: bool ``(pictures, m)``: the tokens of each picture that others see; ``(sets, pictures, m)`` where stories
+            differ (story s of a lane has set s).
         weight: ``(1 or frames, H)``: the factor on what they weigh.
-        tokens: ``(pictures, m)``: which image tokens these are, so that only they are computed; None: all in order.
+        tokens: of the shape of ``kept``: which image tokens these are, so that only they are computed; None: all in
+            order.
     """
     stories, width, image = count(call, frames), max(map(len, read)), picture(call)
     device = call.q.device
     filled = [[*entry, *[0] * (width - len(entry))] for entry in read]
     lent = torch.tensor(filled, dtype=torch.long).to(device, non_blocking=True)
-    bias = torch.zeros(kept.shape, device=device).masked_fill(~kept, -torch.inf)[lent]  # (frames, S, m)
+    bias = torch.zeros(kept.shape, device=device).masked_fill(~kept, -torch.inf)
+
+    def spread(x: Tensor) -> Tensor:  # for every row of the batch what its sources have, (B, S, m)
+        chosen = (x if x.dim() == 3 else x[None])[:, lent].flatten(0, 1)  # (sets * frames, S, m)
+        return chosen.repeat(stories * frames // len(chosen), 1, 1)
+
     joint, place = image != slice(0, call.q.shape[2]), torch.arange(call.q.shape[2], device=device)
     keys = place[image].expand(1, width, -1) if joint else None
     if tokens is not None:
-        keys = (tokens[lent] + image.start).repeat(stories, 1, 1)
+        keys = spread(tokens + image.start)
     queries = ((place >= image.start) & (place < image.stop)).expand(1, width, -1) if joint else None
     weight = weight if weight.shape[0] == 1 else weight.repeat(stories, 1)
-    return Segments(sources(call, frames, read), weight, bias.repeat(stories, 1, 1), keys, queries)
+    return Segments(sources(call, frames, read), weight, spread(bias), keys, queries)
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------

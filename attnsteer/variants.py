@@ -65,12 +65,19 @@ def run_variants(
     chosen = [_as_variant(v) for v in variants]
     jobs = [(variant, seed) for seed in seeds for variant in chosen]
     size = len(chosen) if batch_size is None else batch_size
+    _check(pipe, jobs, size, call)
+    attach(pipe, variants=chosen).detach()  # refuse now rather than in the middle
+    return _generate(pipe, prompt, jobs, size, progress, call)
+
+
+def _check(pipe: Any, jobs: Sequence[tuple[Variant, int]], size: int, call: Mapping[str, Any]) -> None:
+    """Refuse what cannot be run before anything is attached."""
     if not is_pipeline(pipe):
         raise SteeringError(f"run_variants needs a Diffusers pipeline, not {type(pipe).__name__}.")
     if not jobs:
         raise SteeringError("Nothing to run: give at least one variant and one seed.")
     if size < 1:
-        raise SteeringError(f"batch_size={batch_size!r} is out of range: allowed are ints from 1.")
+        raise SteeringError(f"batch_size={size!r} is out of range: allowed are ints from 1.")
     if attached_to(pipe) is not None:
         raise SteeringError(
             "Something is attached to this pipeline: detach it first; variants bring their own processors."
@@ -79,8 +86,6 @@ def run_variants(
     unknown = sorted(set(call) - set(accepted)) + [n for n in ("num_images_per_prompt", "generator") if n in call]
     if unknown:
         raise SteeringError(f"{unknown[0]!r} is not for run_variants: each row is one picture with its own seed.")
-    attach(pipe, variants=chosen).detach()  # refuse now rather than in the middle
-    return _generate(pipe, prompt, jobs, size, progress, call)
 
 
 def _generate(

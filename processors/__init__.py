@@ -15,40 +15,73 @@ if TYPE_CHECKING:
 
     from .a_star import AStar
     from .attend_and_excite import AttendAndExcite
+    from .carve import CARVE
     from .conform import Conform
     from .consistent_self_attention import ConsistentSelfAttention
     from .divide_and_bind import DivideAndBind
     from .focus import Focus
+    from .gaze_shift import GazeShift
+    from .gift import GIFT
+    from .icd import ICD
+    from .image_contrast import ImageContrast
     from .ir_diffusion import IRDiffusion
+    from .m3id import M3ID
     from .pag import PAG
+    from .pai import PAI
+    from .paint import PAINT
     from .seg import SEG
     from .shared_self_attention import SharedSelfAttention
     from .softpag import SoftPAG
     from .syngen import SynGen
+    from .vaf import VAF
+    from .var import VAR
+    from .vcd import VCD
     from .vhd import VHD
     from .vhr import VHR
+    from .vicrop import ViCrop
 
 GROUP = "attnsteer.processors"
 _SHIPPED = {
     "AStar": "a_star",
     "AttendAndExcite": "attend_and_excite",
+    "CARVE": "carve",
     "Conform": "conform",
     "ConsistentSelfAttention": "consistent_self_attention",
     "DivideAndBind": "divide_and_bind",
     "Focus": "focus",
+    "GIFT": "gift",
+    "GazeShift": "gaze_shift",
+    "ICD": "icd",
     "IRDiffusion": "ir_diffusion",
+    "ImageContrast": "image_contrast",
+    "M3ID": "m3id",
     "PAG": "pag",
+    "PAI": "pai",
+    "PAINT": "paint",
     "SEG": "seg",
     "SharedSelfAttention": "shared_self_attention",
     "SoftPAG": "softpag",
     "SynGen": "syngen",
+    "VCD": "vcd",
+    "VAF": "vaf",
+    "VAR": "var",
     "VHD": "vhd",
     "VHR": "vhr",
+    "ViCrop": "vicrop",
 }
 
 __all__ = [
+    "CARVE",
+    "GIFT",
+    "ICD",
+    "M3ID",
     "PAG",
+    "PAI",
+    "PAINT",
     "SEG",
+    "VAF",
+    "VAR",
+    "VCD",
     "VHD",
     "VHR",
     "AStar",
@@ -57,10 +90,13 @@ __all__ = [
     "ConsistentSelfAttention",
     "DivideAndBind",
     "Focus",
+    "GazeShift",
     "IRDiffusion",
+    "ImageContrast",
     "SharedSelfAttention",
     "SoftPAG",
     "SynGen",
+    "ViCrop",
     "available",
     "get",
 ]

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from attnsteer.classes import TokenClasses
 from attnsteer.kernels import reference
 from attnsteer.site import AttentionCall, Kind, Site, Spans
 
@@ -102,6 +103,14 @@ def rows_of(call: AttentionCall, rows: slice | list[int]) -> AttentionCall:
     found = call_of(call.q[rows], call.k[rows], call.v[rows], mask, call.is_causal, call.site.kind, spans, scale)
     found.step = call.step
     return found
+
+
+def classes_of(rows: int, n_q: int, n_k: int | None = None) -> TokenClasses:
+    """Background 0 that sees and is seen by all, and two classes that do not see each other."""
+    table = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 1]]).bool()[None]
+    q_class, k_class = torch.randint(0, 3, (rows, n_q)), torch.randint(0, 3, (rows, n_k or n_q))
+    q_class[:, :3] = k_class[:, :3] = torch.arange(3)
+    return TokenClasses(table, q_class, q_class if n_k is None else k_class)
 
 
 def explicit_map(call: AttentionCall, bias: Tensor | None = None) -> Tensor:

@@ -26,7 +26,7 @@ from attnsteer.config import (
     processor_to_dict,
     save_processors,
 )
-from attnsteer.processors import SEG, VHR, SoftPAG
+from attnsteer.processors import PAI, PAINT, SEG, VAF, VAR, VHR, SoftPAG
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +67,10 @@ def round_trip(processor: Processor, folder: Path) -> Any:
         SEG(sigma=2.5),
         VHR(),
         VHR(Where(layers=[1, 2], steps="decode"), alpha=1.5),
+        VAR(tau=math.inf, channels=(7, 11)),
+        VAF(head_fraction=0.5),
+        PAI(Where(layers=[2]), alpha=0.2),
+        PAINT(beta=0.3),
         Everything(count=-3, flag=True, level=-math.inf, names=("x", "inf"), pair=(1.0, -1), values=(0.0, math.inf)),
         Everything(table={-1: 0.5, 3: 2.0}, mode="b", span=slice(1, None, 2)),
     ],

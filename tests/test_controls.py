@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
+
 import pytest
 import torch
 
 import attnsteer
 from attnsteer import Where
-from attnsteer.controls import Astray, all_heads, random_heads, shuffled
+from attnsteer.controls import HEADS, Astray, Elsewhere, all_heads, random_heads, shuffled, spread
 from attnsteer.errors import SteeringError
-from attnsteer.processors import AStar, AttendAndExcite, SoftPAG
+from attnsteer.processors import VHR, AStar, AttendAndExcite, Focus, SoftPAG
 from tests.nursed import LEVEL, PROMPTS, WORDS, generate
-from tests.tiny import pipelines
+from tests.tiny import pipelines, vlms
 
 
 def test_shuffled_keeps_values_and_norm_and_loses_the_direction():
@@ -22,6 +24,11 @@ def test_shuffled_keeps_values_and_norm_and_loses_the_direction():
     assert torch.equal(found, shuffled(gradient, 0, 3))
     assert not torch.equal(found, shuffled(gradient, 0, 4))
     assert not torch.equal(found, shuffled(gradient, 1, 3))
+
+
+def test_astray_acts_on_the_kinds_of_its_method():
+    assert Astray(method=AttendAndExcite(subjects=WORDS)).kinds == AttendAndExcite.kinds
+    assert Astray(method=Focus(subjects=WORDS)).kinds == Focus.kinds != AttendAndExcite.kinds
 
 
 @pytest.fixture(scope="module", params=["sd15", "flux"])
@@ -112,3 +119,103 @@ def test_too_few_heads_to_draw_from():
     sites = attnsteer.sites(pipelines.build("sd3"))
     with pytest.raises(SteeringError, match="left"):
         random_heads(Where(), sites)
+
+
+# ---- other heads -----------------------------------------------------------------------------------------------------
+def _strengths(method):
+    """What a method gives to the heads of a tiny model: [(layer, is it the reference pass, strengths (R, H))]."""
+    model, inputs = vlms.build("llava")
+    model.eval()
+    seen = []
+
+    @dataclass(frozen=True)
+    class Watch(type(method)):
+        def react(self, call):
+            edit = super().react(call)
+            for each in edit if isinstance(edit, tuple) else (edit,):
+                seen.append((call.site.layer, "image_free" in call.lanes, each.weight.clone()))
+            return edit
+
+    watched = Watch(**{field.name: getattr(method, field.name) for field in fields(method)})
+    with attnsteer.steer(model, watched), torch.no_grad():
+        model.generate(**inputs(2), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    return seen
+
+
+def test_elsewhere_is_as_strong_as_its_method_on_other_heads():
+    """In the first steered layer the inputs are those of the method itself, so its choice is known."""
+    own = _strengths(VHR(alpha=3.0, outliers=False))
+    moved = {heads: _strengths(Elsewhere(method=VHR(alpha=3.0, outliers=False), heads=heads)) for heads in HEADS}
+    first = own[0][0]
+    for kind, found in moved.items():
+        assert [place[:2] for place in found] == [place[:2] for place in own], kind
+        for (layer, reference, theirs), (_, _, ours) in zip(own, found, strict=True):
+            if layer == first and reference:
+                chosen = theirs == 3
+                assert bool(chosen.any()) and not bool(chosen.all())
+                if kind == "random":
+                    assert torch.equal(ours.sort(1).values, theirs.sort(1).values)
+                    assert not torch.equal(ours, theirs)
+                elif kind == "all":
+                    assert torch.equal(ours, torch.full_like(ours, 3.0))
+                else:
+                    assert torch.equal(ours, torch.where(chosen, 1.0, 3.0))
+            elif kind == "random":
+                assert torch.equal((ours == 3).sum(1), torch.full((len(ours),), 3)), "half of the six heads"
+    again = _strengths(Elsewhere(method=VHR(alpha=3.0, outliers=False), heads="random"))
+    assert all(torch.equal(a[2], b[2]) for a, b in zip(again, moved["random"], strict=True))
+    other = _strengths(Elsewhere(method=VHR(alpha=3.0, outliers=False), heads="random", seed=1))
+    assert not all(torch.equal(a[2], b[2]) for a, b in zip(other, moved["random"], strict=True))
+
+
+def test_elsewhere_in_every_step_means_the_same_heads():
+    found = _strengths(Elsewhere(method=VHR(), heads="random"))
+    decode = [(layer, weight) for layer, reference, weight in found if not reference]
+    by_layer = {layer: [w for other, w in decode if other == layer] for layer, _ in decode}
+    for weights in by_layer.values():
+        assert len(weights) == 3
+        assert all(torch.equal(weight, weights[0]) for weight in weights)
+
+
+def test_spread_by_hand():
+    strength = torch.tensor([[1.0, 3.0, 1.0, 5.0], [1.0, 1.0, 1.0, 1.0]])
+    assert spread(strength, 1.0, rest=False).tolist() == [[4.0] * 4, [1.0] * 4]
+    assert spread(strength, 1.0, rest=True).tolist() == [[4.0, 1.0, 4.0, 1.0], [1.0] * 4]
+    bias = torch.tensor([[[0.0, 2.0], [0.0, 0.0], [0.0, 4.0]]])
+    assert spread(bias, 0.0, rest=False).tolist() == [[[0.0, 3.0]] * 3]
+    assert spread(bias, 0.0, rest=True).tolist() == [[[0.0, 0.0], [0.0, 3.0], [0.0, 0.0]]]
+    chosen = torch.tensor([[True, False, False]])
+    assert spread(chosen, 0.0, rest=True).tolist() == [[False, True, True]]
+
+
+def test_elsewhere_moves_planned_edits_of_guidance_too():
+    pipe = pipelines.build("sd3")
+    site = attnsteer.sites(pipe)[1]
+    method = SoftPAG(Where(heads={1: [0]}), strength=0.25)
+    own = method.plan(site, (0,)).weight
+    moved = {heads: Elsewhere(method=method, heads=heads).plan(site, (0,)).weight for heads in HEADS}
+    assert (own != 0).sum() == (moved["random"] != 0).sum() == 1
+    assert bool((moved["all"] == 0.25).all())
+    assert torch.equal(moved["rest"] == 0, own != 0)
+
+
+def test_elsewhere_of_an_inert_method_is_inert():
+    assert Elsewhere(method=VHR(alpha=1.0)).inert
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Elsewhere(), "needs a method that edits heads"),
+        (lambda: Elsewhere(method=AttendAndExcite(subjects=WORDS)), "needs a method that edits heads"),
+        (lambda: Elsewhere(method=VHR(), heads="none"), "is not known"),
+        (lambda: Elsewhere(Where(layers=[0]), method=VHR()), "give the method a where"),
+        (
+            lambda: Elsewhere(method=VHR(Where(heads=[0]))).where_for(attnsteer.sites(vlms.build("llava")[0])),
+            "give it all heads, or draw its where",
+        ),
+    ],
+)
+def test_elsewhere_refuses(make, message):
+    with pytest.raises(SteeringError, match=message):
+        make()

@@ -10,7 +10,8 @@ import pytest
 import attnsteer
 from attnsteer import Where, explain
 from attnsteer.fork import Tape, _tensors
-from attnsteer.processors import PAG, SEG, SoftPAG
+from attnsteer.hosts.diffusion import DiffusionSession
+from attnsteer.processors import PAG, SEG, ConsistentSelfAttention, SharedSelfAttention, SoftPAG
 from tests.engine.common import Nudge
 from tests.tiny import pipelines
 
@@ -84,6 +85,44 @@ def test_the_tape_takes_no_more_than_twice_as_much_as_was_said(name: str, monkey
         held, text = held_by_the_tape(pipe, name, monkeypatch)
     said = explain(pipe, processor, **SHAPE, text=text).bytes["tape"]
     assert held <= said <= 2 * held  # these pipelines may run the two branches of guidance one after the other
+
+
+SHARING = {
+    "sd15": SharedSelfAttention(Where("up_blocks*.attn1"), frames=2),
+    "sdxl": SharedSelfAttention(Where("up_blocks*.attn1"), frames=2, words=("dog",)),  # cross-attention lends as well
+    "sd3": ConsistentSelfAttention(Where(layers=[1, 2]), frames=2),
+    "flux": ConsistentSelfAttention(Where(layers=[1, -1]), frames=2),
+}
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_loans_take_as_much_as_was_said(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, guided = pipelines.build(name), SoftPAG(Where(layers=[2]))
+    held, text, perturbed = [], [], DiffusionSession._perturbed
+
+    def measured(self: Any, forward: Any, *args: Any) -> Any:
+        tensors = [x for loan in forward.loans.values() for x in (loan.tensors["k"], loan.tensors["v"])]
+        held.append(sum(x.numel() * x.element_size() for x in tensors) // forward.inputs[sample].shape[0])
+        text.append(forward.inputs["encoder_hidden_states"].shape[1])
+        return perturbed(self, forward, *args)
+
+    sample = "sample" if hasattr(pipe, "unet") else "hidden_states"
+    monkeypatch.setattr(DiffusionSession, "_perturbed", measured)
+    with attnsteer.steer(pipe, SHARING[name], guided):
+        pipe(**{**pipelines.call_kwargs(name, batch=2, steps=1), "prompt": ["a dog"] * 2})
+    found = explain(pipe, SHARING[name], guided, **SHAPE, batch=2, text=text[0])
+    assert found.bytes["loans"] == 4 * held[0] > 0  # two pictures, both branches of guidance
+    assert "loans" not in explain(pipe, guided, **SHAPE).bytes
+    assert "loans" not in explain(pipe, SHARING[name], **SHAPE).bytes
+
+
+def test_further_forwards_are_told() -> None:
+    method = SharedSelfAttention(frames=2, queries=(0.9, 0.8))
+    found = explain(pipelines.build("sd15"), method, PAG(Where(layers=[2])), **SHAPE)
+    assert found.extra.startswith("in about 12 % of the steps one more, plain forward of all rows")
+    assert found.extra.endswith("one more forward of the conditional rows (1 for each picture)")
+    assert found.extra_rows == 3
+    assert explain(pipelines.build("sd15"), SharedSelfAttention(frames=2)).extra == "none"
 
 
 def test_bytes_of_edits_count_every_processor() -> None:

@@ -192,6 +192,7 @@ def test_flex_and_block_masks_mean_the_same_compiled():
     n = 300
     call = make_call(batch=1, heads=2, kv_heads=2, n_q=n, dim=16, dtype=torch.float32)
     table, dense = _blocks(n)
+    torch._dynamo.reset()  # torch 2.13 cannot compile flex for sizes that vary on CPU
     with torch.no_grad():
         output = flex.output(call.q, call.k, call.v, blocks=flex.block_mask(table, n, n), compiled=True)
         torch.testing.assert_close(output, reference.attend(call.q, call.k, call.v, mask=dense)[0], atol=1e-5, rtol=0)

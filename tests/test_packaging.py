@@ -85,5 +85,5 @@ def test_other_packages_add_processors_by_an_entry_point(monkeypatch: pytest.Mon
     assert processors.SoftPAG is not Mine, "a package must not replace a shipped processor"
     with pytest.raises(SteeringError, match="no subclass of attnsteer.Processor"):
         processors.get("Wrong")
-    with pytest.raises(SteeringError, match="there are: .*PAG, SEG, .*VHR"):
+    with pytest.raises(SteeringError, match="there are: .*PAG, .*SEG, .*VHR"):
         processors.get("Nonsense")

@@ -1,4 +1,4 @@
-"""Edits that read other rows, and masks by class: fused against explicit maps and loops, and what they promise."""
+"""Edits that read other rows: fused against explicit maps and loops; what they and class masks promise."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from attnsteer.kernels import reference
 from attnsteer.logits import additive
 from attnsteer.site import AttentionCall, Spans
 
-from .calls import LargestTensor, call_of, explicit_map, make_call, repeated, rows_of, untouched
+from .calls import LargestTensor, call_of, classes_of, explicit_map, make_call, repeated, rows_of, untouched
 from .test_attend import refused
 
 EXACT = {"atol": 1e-12, "rtol": 0}
@@ -66,14 +66,6 @@ def explicit(call: AttentionCall, edit: Segments, mask: Tensor | None = None) ->
         lent_mask=call.mask,
         scale=call.scale,
     )
-
-
-def classes_of(rows: int, n_q: int, n_k: int | None = None) -> TokenClasses:
-    """Background 0 that sees and is seen by all, and two classes that do not see each other."""
-    table = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 1]]).bool()[None]
-    q_class, k_class = torch.randint(0, 3, (rows, n_q)), torch.randint(0, 3, (rows, n_k or n_q))
-    q_class[:, :3] = k_class[:, :3] = torch.arange(3)
-    return TokenClasses(table, q_class, q_class if n_k is None else k_class)
 
 
 # ---- Segments --------------------------------------------------------------------------------------------------------
@@ -180,62 +172,6 @@ def test_moved_keys_equal_keys_that_were_rotated_there():
     assert "rotary positions" in refused(raw, edit)
 
 
-# ---- ClassMask -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "mask", ["none", "keys_bool", "keys_float", "full_bool", "full_float", "heads_float", "two_axes"]
-)
-@pytest.mark.parametrize("rows", [1, 4])
-def test_class_masks_equal_the_dense_mask(mask, rows):
-    call, classes = make_call(batch=4, mask="none" if mask == "keys_bool" else mask), classes_of(rows, 13)
-    if mask == "keys_bool":  # class 0 stays visible
-        keep = (classes.k_class == 0) | (torch.rand(rows, 13) > 0.3)
-        call = call_of(call.q, call.k, call.v, keep.expand(4, -1)[:, None, None])
-    dense = reference.class_mask(classes.table, classes.q_class, classes.k_class)
-    own = torch.where(dense, 0.0 if call.mask is None else additive(call.mask, torch.float64), -math.inf)
-    out = attend(call, [ClassMask(classes, torch.ones(1, 6))])
-    expected = reference.attend(call.q, call.k, call.v, mask=own)[0]
-    seen = torch.softmax(reference.logits(call.q, call.k, mask=own), -1).isnan().any(-1, keepdim=True)
-    torch.testing.assert_close(torch.where(seen, 0.0, out.nan_to_num()), torch.where(seen, 0.0, expected), **EXACT)
-
-
-def test_class_masks_by_hand():
-    """Classes [1, 1, 2, 0]: token 0 sees {0, 1, 3}, token 3 all, token 2 {2, 3}."""
-    token = torch.tensor([[1, 1, 2, 0]])
-    table = torch.tensor([[[1, 1, 1], [1, 1, 0], [1, 0, 1]]]).bool()
-    dense = reference.class_mask(table, token, token)[0, 0].int().tolist()
-    assert dense == [[1, 1, 0, 1], [1, 1, 0, 1], [0, 0, 1, 1], [1, 1, 1, 1]]
-    call = call_of(torch.zeros(1, 1, 4, 4), torch.randn(1, 1, 4, 4), torch.eye(4)[None, None])
-    out = attend(call, [ClassMask(TokenClasses(table, token, token), torch.ones(1, 1))])[0, 0]
-    expected = torch.tensor(dense) / torch.tensor(dense).sum(1, keepdim=True)
-    torch.testing.assert_close(out, expected, atol=1e-6, rtol=0)
-    assert torch.equal(out[3], call.output[0, 0, 3])  # sees everything: not computed again
-
-
-def test_masks_of_cross_attention_have_their_own_key_classes():
-    call, classes = make_call(n_q=11, n_k=7, kind="cross"), classes_of(3, 11, 7)
-    dense = reference.class_mask(classes.table, classes.q_class, classes.k_class)
-    out = attend(call, [ClassMask(classes, torch.ones(3, 6))])
-    torch.testing.assert_close(out, reference.attend(call.q, call.k, call.v, mask=dense)[0], **EXACT)
-
-
-def test_one_subject_masks_nothing():
-    token = torch.randint(0, 2, (3, 13))
-    classes = TokenClasses(torch.ones(1, 2, 2, dtype=torch.bool), token, token)
-    call = make_call(dtype=torch.float32)
-    assert classes.parts == ()
-    assert torch.equal(attend(call, [ClassMask(classes, torch.ones(1, 6))]), call.output)
-
-
-def test_masks_of_different_rows_go_together_and_of_one_row_do_not():
-    call, one, two = make_call(batch=4), classes_of(4, 13), classes_of(4, 13)
-    first = torch.tensor([1.0, 1, 0, 0])[:, None].expand(-1, 6)
-    out = attend(call, [ClassMask(one, first), ClassMask(two, 1 - first), edit := share(call)])
-    alone = [attend(call, [ClassMask(c, torch.ones(1, 6)), edit]) for c in (one, two)]
-    torch.testing.assert_close(out[:2], alone[0][:2], **EXACT)
-    torch.testing.assert_close(out[2:], alone[1][2:], **EXACT)
-    assert "Two ClassMasks" in refused(call, ClassMask(one, first), ClassMask(two, first))
-
-
 # ---- RowKeys ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("mask", KEY_MASKS)
 def test_row_keys_blend_the_attentions_to_other_rows(mask):
@@ -270,6 +206,16 @@ def test_what_rows_lend_is_not_biased():
     expected = torch.lerp(biased, target, 0.5)
     expected[1] = biased[1]
     torch.testing.assert_close(attend(call, [bias, mix]), expected, **EXACT)
+
+
+def test_masks_of_different_rows_go_together_and_of_one_row_do_not():
+    call, one, two = make_call(batch=4), classes_of(4, 13), classes_of(4, 13)
+    first = torch.tensor([1.0, 1, 0, 0])[:, None].expand(-1, 6)
+    out = attend(call, [ClassMask(one, first), ClassMask(two, 1 - first), edit := share(call)])
+    alone = [attend(call, [ClassMask(c, torch.ones(1, 6)), edit]) for c in (one, two)]
+    torch.testing.assert_close(out[:2], alone[0][:2], **EXACT)
+    torch.testing.assert_close(out[2:], alone[1][2:], **EXACT)
+    assert "Two ClassMasks" in refused(call, ClassMask(one, first), ClassMask(two, first))
 
 
 # ---- promises --------------------------------------------------------------------------------------------------------
@@ -387,20 +333,6 @@ def test_refusals_say_why():
     assert "do not compose" in refused(call, Segments(SOURCE, one), KeyBias(torch.ones(1, 1, 13), "last"))
     with pytest.raises(SteeringError, match="react"):
         stack_rows([[Segments(SOURCE, one)]])
-
-
-@pytest.mark.parametrize(
-    ("table", "q_class", "k_class", "message"),
-    [
-        (torch.ones(1, 2, 2), torch.zeros(2, 3), torch.zeros(1, 3), "do not go with"),
-        (torch.ones(2, 2), torch.zeros(1, 3), torch.zeros(1, 3), "do not go with"),
-        (torch.ones(1, 2, 2), torch.full((1, 3), 2), torch.zeros(1, 3), "from 0 to 1"),
-        (torch.zeros(1, 2, 2), torch.zeros(1, 3), torch.zeros(1, 3), "class 0 would see no key"),
-    ],
-)
-def test_classes_that_do_not_fit_are_refused(table, q_class, k_class, message):
-    with pytest.raises(SteeringError, match=message):
-        TokenClasses(table.bool(), q_class.long(), k_class.long())
 
 
 # ---- compile ---------------------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 from .._version import __version__
 from ..errors import NotReachedError, SteeringError
-from . import demo, generate, listing, models, search, sites, world
+from . import compare, demo, generate, listing, maps, models, score, search, sites, world
 
-COMMANDS = (demo, listing, sites, generate, search, world)
+COMMANDS = (demo, listing, sites, generate, maps, compare, score, search, world)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -12,8 +12,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from ..chat import question_inputs
 from . import models
-from .generate import call_defaults, question_inputs
+from .generate import call_defaults
 from .options import command, positive
 
 BATCH = 16
@@ -105,7 +106,7 @@ def answers(given: argparse.Namespace, folder: Path, say: Callable[[str], None])
 
     def describe(first: int, steered: bool) -> list[str]:
         pictures = [scene.image() for scene in scenes[first : first + BATCH]]
-        inputs = question_inputs(processor, pictures, text.DESCRIBE).to(model.device, model.dtype)
+        inputs = question_inputs(processor, pictures, [text.DESCRIBE] * len(pictures)).to(model.device, model.dtype)
         with steer(model, vhr, processor=processor) if steered else nullcontext():
             tokens = model.generate(**inputs, max_new_tokens=48, do_sample=False)
         said = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

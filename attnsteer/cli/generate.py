@@ -10,9 +10,11 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..chat import question_inputs
 from ..errors import SteeringError
 from . import models, several
 from .options import EMBEDDED, add_model, add_processors, command, described, finite, parameter, positive
@@ -131,11 +133,7 @@ def paint(given: argparse.Namespace, pipe: Any, tried: Sequence[Variant], call: 
 
     from ..attach import steer
 
-    accepted = inspect.signature(type(pipe).__call__).parameters
-    call = call_defaults(given.model, pipe, given.guidance_scale) | call
-    unknown = sorted(set(call) - set(accepted))
-    if unknown:
-        raise SteeringError(f"{type(pipe).__name__} takes no {unknown[0]!r}; it takes {', '.join(list(accepted)[1:])}.")
+    call = checked_call(given, pipe, call)
     pipe.set_progress_bar_config(disable=given.json or not sys.stderr.isatty())
     out = out_file(given)
     if given.variants or given.num_seeds > 1 or len(given.prompt) > 1:
@@ -144,6 +142,20 @@ def paint(given: argparse.Namespace, pipe: Any, tried: Sequence[Variant], call: 
     with models.running(pipe), steer(pipe, *wanted) if wanted else nullcontext():
         output = pipe(prompt=given.prompt[0], generator=torch.Generator().manual_seed(given.seed), **call)
     return {"files": [str(several.save((output.images if hasattr(output, "images") else output.frames)[0], out))]}
+
+
+def checked_call(given: argparse.Namespace, pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a pipeline call with what suits the model.
+
+    Raises:
+        SteeringError: one that the pipeline does not take; says which it takes.
+    """
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    call = call_defaults(given.model, pipe, given.guidance_scale) | call
+    unknown = sorted(set(call) - set(accepted))
+    if unknown:
+        raise SteeringError(f"{type(pipe).__name__} takes no {unknown[0]!r}; it takes {', '.join(list(accepted)[1:])}.")
+    return call
 
 
 def pipeline_arguments(given: argparse.Namespace) -> dict[str, Any]:
@@ -202,19 +214,11 @@ def answer(model: Any, processor: Any, picture: Any, question: str, wanted: list
     """The greedy answer to a question about a picture."""
     from ..attach import steer
 
-    inputs = question_inputs(processor, [picture], question).to(model.device, model.dtype)
+    if len(wanted) == 1 and wanted[0].call:  # it asks by itself
+        method = replace(wanted[0], max_new_tokens=min(limit, wanted[0].max_new_tokens))
+        with models.running(model):
+            return str(method.answer(model, processor, picture, question).answer)
+    inputs = question_inputs(processor, [picture], [question]).to(model.device, model.dtype)
     with models.running(model), steer(model, *wanted, processor=processor) if wanted else nullcontext():
         tokens = model.generate(**inputs, max_new_tokens=limit, do_sample=False)
     return processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
-
-
-def question_inputs(processor: Any, pictures: list[Any], question: str) -> Any:
-    """The chat prompts of one question about each picture, as tensors."""
-    if getattr(processor, "chat_template", None):
-        text = {"type": "text", "text": question}
-        chats = [[{"role": "user", "content": [{"type": "image", "image": p}, text]}] for p in pictures]
-        return processor.apply_chat_template(
-            chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
-        )
-    prompt = f"USER: {getattr(processor, 'image_token', '<image>')}\n{question} ASSISTANT:"
-    return processor(text=[prompt] * len(pictures), images=pictures, return_tensors="pt", padding=True)

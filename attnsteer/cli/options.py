@@ -22,7 +22,7 @@ EMBEDDED: dict[str, dict[str, Any]] = {
     "world-sd": {"level": 0, "start_layer": 3, "mutual": 0.5},
     "world-sd3": {"start_layer": 3, "mutual": 0.0},
     "world-flux": {"start_layer": 3, "mutual": 0.0},
-    "world-llava": {},
+    "world-llava": {"final_images": "refined", "suffix": ""},
 }
 """The embedded models, and the parameters that fit them where a method's default is meant for larger ones."""
 
@@ -73,6 +73,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_processors(parser: argparse.ArgumentParser) -> None:
     """Options that describe processors; ``processors`` below reads them."""
     group = parser.add_argument_group("steering")
+    add_methods(group)
+    add_selection(group)
+
+
+def add_methods(group: Any) -> None:
+    """Which methods act; their own layers, heads and steps apart."""
     named = "a method of `attnsteer list`, e.g. attend-and-excite, SoftPAG or vhr; without one: no steering"
     group.add_argument("--method", "--processor", metavar="NAME", help=named)
     group.add_argument(
@@ -81,12 +87,16 @@ def add_processors(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--param", action="append", default=[], metavar="NAME=VALUE", help="a parameter, e.g. strength=.5 (repeatable)"
     )
+    group.add_argument("--config", metavar="PATH", help="processors from a folder, file or hub id instead")
+
+
+def add_selection(group: Any) -> None:
+    """Layers, heads and steps; ``selection`` below reads them."""
     group.add_argument("--layers", metavar="LAYERS", help="all, 2,3 or 0:8 (a slice) or names and globs")
     group.add_argument("--heads", metavar="HEADS", help="all, 0,5 or by layer 2:0,5;3:all")
     group.add_argument(
         "--steps", metavar="STEPS", help="all, 0.0:0.8 (fractions), 0:10 or 1,2, sigma:0.5:14, prefill or decode"
     )
-    group.add_argument("--config", metavar="PATH", help="processors from a folder, file or hub id instead")
 
 
 def processors(given: argparse.Namespace) -> list[Processor]:

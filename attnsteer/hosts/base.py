@@ -124,6 +124,8 @@ def named_inputs(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str
 
 
 _held: list[tuple[int, ...]] = []
+"""Of the process, like the frame of the kernel seam: hooks that stand on a denoiser (``attnsteer.references``) see its
+inputs alone, and which rows of the pipeline's batch these are cannot travel with them."""
 
 
 @contextmanager

@@ -20,13 +20,18 @@ from torch import Tensor
 from ..binding import ATTRIBUTE, Binding
 from ..edits import Edit, tile_rows
 from ..errors import NotReachedError, SteeringError
-from ..reacting import Reacts, Silent, limited
+from ..reacting import Reacts, Sharing, Silent, limited
 from ..scheduler import Rows, merge_edits, plans_of, wanted_sites
 from ..site import Phase, Site, Spans
-from ..spans import KeySpans
+from ..spans import KeySpans, spans_of
 from . import transformers_seam
 from .base import intercept
-from .decoders import core, refusals, sites
+from .contrast import Contrasts, edited
+from .decoders import core, layer_of, refusals, sites
+from .facts import ClassAttention, watch_residual
+from .massive import massive_channels
+from .questions import QuestionFinder
+from .survey import Surveyor
 from .vlm_families import lockstep_inputs, padding_id, vision_tokens
 from .vlm_inputs import cache_length, execution_device, kept_positions, length, on_device, undisturbed, with_answer
 
@@ -74,7 +79,7 @@ class LanguageSession:
     """
 
     def __init__(self, target: torch.nn.Module, rows: Rows, processor: Any = None):
-        reasons = refusals(target, rows)
+        reasons = refusals(target, rows, processor)
         if reasons:
             raise SteeringError(reasons)
         self.target, self.processor = target, processor
@@ -86,28 +91,39 @@ class LanguageSession:
         self._plans = plans_of(self._active)
         self._image_free = [plan for plan in self._plans if "image_free" in plan.processor.lanes]
         self._removal = next((plan.processor.removal for plan in self._image_free), "delete")  # refusals: one for all
-        self._modules = {site: self.model.get_submodule(site.name) for site in wanted_sites(self._active)}
+        surveys = [plan.survey for plan in self._plans if plan.survey is not None]
+        reached = wanted_sites((*edited(self._active), surveys))
+        self._modules = {site: self.model.get_submodule(site.name) for site in reached}
         self._bindings = {site: Binding(site, phase="prefill") for site in self._modules}
+        self.surveyor = Surveyor(self.model, self._names, self._plans, self._bindings) if surveys else None
         on = {phase: {id(p): p.where.active(0, 1, phase=phase) for p in self._plans} for phase in PHASES}
         self._phased = on["prefill"] != on["decode"]
         self._tables = {phase: self._table(phase, on[phase]) for phase in PHASES}
-        needs_spans = any(plan.reacts and not plan.processor.token_agnostic for plan in self._plans)
+        looking = [plan.processor for plan in (*self._plans, *surveys) if plan.reacts]
         self._tokens = vision_tokens(self.model.config, processor)
-        self._spans = KeySpans(self._tokens.image_mask) if needs_spans else None
+        marker = next((p.marker for p in looking if p.marker), "")  # refusals: one for all
+        asked = {"question", "words"} & {need for p in looking for need in p.needs}
+        questions = QuestionFinder(self._tokens, processor, marker) if asked else None
+        needs_spans = surveys or asked or not all(p.token_agnostic for p in looking)
+        self._contrasts = Contrasts(self.model, self._active, self._tokens, processor, [*self._modules.values()])
+        self._spans = KeySpans(self._tokens.image_mask, questions) if needs_spans else None
         self._restore: list[Callable[[], None]] = []
         self._reached = False
         self._generating = False
         self._inside = False
+        self._facts: dict[int, dict[str, Any]] = {}  # what plans asked for, by their id
+        self._towers: list[ClassAttention] = []
         self._left = 0  # tokens of the running generation's prompt that no forward pass has taken yet
 
     # ---- life --------------------------------------------------------------------------------------------------------
     def start(self) -> None:
         """Arm, bind and intercept."""
         transformers_seam.arm()
+        self._find_out()
         self._set_phase("prefill")
         for site, module in self._modules.items():
             module.__dict__[ATTRIBUTE] = self._bindings[site]
-        if self._bindings:
+        if self._bindings or self._contrasts:
             for module in dict.fromkeys((self.model, self.target)):
                 self._restore.append(intercept(module, self._around))
             for name, handler in (("generate", self._generate), ("get_compiled_call", self._get_compiled_call)):
@@ -122,6 +138,23 @@ class LanguageSession:
             module.__dict__.pop(ATTRIBUTE, None)
         while self._restore:
             self._restore.pop()()
+        self._contrasts.forget()
+
+    def _find_out(self) -> None:
+        """What processors ask of the host: facts of the model, now; what depends on the prompt, when it runs."""
+        for plan in self._plans:
+            wanted = plan.processor.facts
+            if "massive_channels" in wanted:
+                found = massive_channels(self.model, self._tokens, wanted["massive_channels"])
+                self._facts[id(plan)] = {"massive_channels": found}
+            if "cls_attention" in wanted:
+                tower = ClassAttention(self.model, self._tokens, wanted["cls_attention"], plan.states.values())
+                self._towers.append(tower)
+                self._restore.append(tower.start())
+                self._contrasts.mute(tower.modules.values())
+        for site in wanted_sites([[plan for plan in self._plans if "residual" in plan.processor.needs]]):
+            layer = self.model.get_submodule(layer_of(site))
+            self._restore.append(watch_residual(layer, self._bindings[site]))
 
     # ---- what to do at each site -------------------------------------------------------------------------------------
     def _table(self, phase: Phase, on: Mapping[int, bool]) -> Table:
@@ -134,33 +167,58 @@ class LanguageSession:
             for plan in self._plans:
                 if plan.reacts and site in plan.selection:
                     if on[id(plan)]:
-                        reactors.append((limited(plan, site, self._active, device), plan.states[site]))
-                    elif phase == "prefill" and plan in self._image_free:
-                        reactors.append((Silent(plan.processor), plan.states[site]))
+                        reacts = Sharing(limited(plan, site, self._active, device), plan.shared)
+                        reactors.append((reacts, plan.states[site]))
+                    elif phase == "prefill" and (plan in self._image_free or "residual" in plan.processor.needs):
+                        reactors.append((Sharing(Silent(plan.processor), plan.shared), plan.states[site]))
             table[site] = (merge_edits(rows, site, device), tuple(reactors))
         return table
+
+    def _set_predicts(self, new: int, left: int) -> None:
+        """Of ``new`` tokens, ``left`` of the prompt were missing before: the last of these predicts, and all behind it
+        (tokens that were guessed, or generated before where there is no cache)."""
+        for binding in self._bindings.values():
+            binding.predicts = min(new, max(0, new - max(left, 1) + 1))
 
     def _set_phase(self, phase: Phase) -> None:
         for site, binding in self._bindings.items():
             binding.edits, binding.reactors = self._tables[phase][site]
             binding.phase = phase
+        self._phase = phase
 
     # ---- the user's calls --------------------------------------------------------------------------------------------
     def _generate(self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._generating:  # an assisted generation asks the model itself for candidates
-            return plain(*args, **kwargs)
         given = {**dict(zip(inspect.signature(plain).parameters, args, strict=False)), **kwargs}
         if given.get("input_ids") is None:
             given["input_ids"] = given.get("inputs")
+        if self._generating:  # an assisted generation asks the model itself for candidates
+            with self._contrasts.paused(), self._drafting(given):
+                return plain(*args, **kwargs)
+        config = given.get("generation_config") or self.model.generation_config
+        if self._phased and not given.get("use_cache", config.use_cache is not False):
+            raise SteeringError("Without a cache every pass is a prefill, so steps= means nothing: set use_cache=True.")
         if given.get("attention_mask") is None:
             given["attention_mask"] = self._padding_of(given)
         self._begin(given)
         self._left, self._generating = length(given) - cache_length(given), True
         try:
-            return plain(*args, **kwargs)
+            with self._contrasts.generating():
+                return plain(*args, **kwargs)
         finally:
             self._generating = False
             self._set_phase("prefill")
+
+    @contextlib.contextmanager
+    def _drafting(self, given: Mapping[str, Any]) -> Iterator[None]:
+        """The model writes candidates with a cache of their own, in the middle of a generation."""
+        left, phase = self._left, self._phase
+        self._left = length(given) - cache_length(given)
+        self._set_phase("decode" if cache_length(given) else "prefill")
+        try:
+            yield
+        finally:
+            self._left = left
+            self._set_phase(phase)
 
     def _get_compiled_call(self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``generate`` compiles decode steps by itself where the cache is static; phase and spans are set outside."""
@@ -177,14 +235,18 @@ class LanguageSession:
             )
         if not self._generating:
             fresh = cache_length(given) == 0
+            self._left = length(given) if fresh else 0
             self._set_phase("prefill" if fresh else "decode")
             if fresh:
                 self._begin(given)
+        self._set_predicts(length(given), self._left)
         if self._spans is not None:
             self._follow(given, self._spans)
+        seen = cache_length(given) if self._contrasts else 0
         self._inside = True
         try:
             out = call(*args, **kwargs)
+            out = self._contrasts.applied(out, given, seen, self._generating)
         finally:
             self._inside = False
         self._check_reached()
@@ -210,12 +272,28 @@ class LanguageSession:
             raise SteeringError(
                 f"{len(self.rows)} variants cannot be dealt to {batch} prompts: give one prompt per variant."
             )
+        if cache_length(given) and any("residual" in plan.processor.needs for plan in self._plans):
+            raise SteeringError(
+                "The cache holds tokens of a prompt that was not steered, and a processor needs to see the whole one: "
+                "call generate() without past_key_values."
+            )
         for plan in self._plans:
-            for state in plan.states.values():
+            for state in (*plan.states.values(), plan.shared):
                 state.clear()
+                state.update(self._facts.get(id(plan), {}))
+        for tower in self._towers:
+            tower.begin(given)
         self._set_phase("prefill")
+        self._contrasts.begin(given)
         if self._spans is not None:
             self._spans.begin(given.get("input_ids"), given.get("attention_mask"))
+        if self.surveyor is not None and self._spans is not None:
+            self._set_predicts(1, 1)  # of a whole prompt its last row
+            inside, self._inside = self._inside, True
+            try:
+                self.surveyor.run(given, self._spans)
+            finally:
+                self._inside = inside
         if self._image_free:
             self.reference_pass(given)
 
@@ -272,7 +350,8 @@ class LanguageSession:
             both["logits_to_keep"] = 1
         batch = image.shape[0] // 2
         lanes = {"main": slice(0, batch), "image_free": slice(batch, 2 * batch)}
-        with self._in_lanes(lanes, Spans(image, text)), undisturbed(model), torch.no_grad():
+        self._set_predicts(image.shape[1], image.shape[1] - (0 if answer is None else answer.shape[1]))
+        with self._in_lanes(lanes, spans_of(image, image | text)), undisturbed(model), torch.no_grad():
             # past our own interception, and past a graph of the whole model, which serves the user's shapes
             torch.nn.Module._call_impl(model, **both, use_cache=False)
         self._check_reached()

@@ -12,7 +12,10 @@ import torch
 
 from ..scheduler import Plan, Rows, plans_of
 from ..site import Site
+from . import contrast
 from .base import unwrap
+from .facts import refusals as fact_refusals
+from .questions import tokenizer_of
 from .vlm_families import why_no_image_free_lane
 
 
@@ -27,12 +30,13 @@ def sites(model: torch.nn.Module) -> list[Site]:
     found: list[Site] = []
     for name, module in _attentions(core(model)):
         heads, kv_heads, head_dim = _shape(module)
-        found.append(Site(name, "causal", int(module.layer_idx), len(found), heads, kv_heads, head_dim))
+        width = int(module.config.hidden_size)
+        found.append(Site(name, "causal", int(module.layer_idx), len(found), heads, kv_heads, head_dim, width=width))
     return found
 
 
-def refusals(model: torch.nn.Module, rows: Rows) -> list[str]:
-    """Why these plans cannot act on this model; empty where they can."""
+def refusals(model: torch.nn.Module, rows: Rows, processor: Any = None) -> list[str]:
+    """Why these plans cannot act on this model; empty where they can. ``processor``: that of Hugging Face, if any."""
     model = core(model)
     name, reasons = type(model).__name__, []
     config: Any = model.config
@@ -50,7 +54,9 @@ def refusals(model: torch.nn.Module, rows: Rows) -> list[str]:
             "A paged attention implementation is selected: call model.set_attn_implementation('sdpa') first."
         )
     plans = plans_of(rows)
-    return reasons + [reason for plan in plans for reason in _plan_refusals(plan)] + _lane_refusals(config, plans)
+    reasons += fact_refusals(model, plans)
+    reasons += [reason for plan in plans for reason in _plan_refusals(plan)] + _lane_refusals(config, plans)
+    return reasons + _question_refusals(plans, processor) + contrast.refusals(config, rows, processor)
 
 
 def _plan_refusals(plan: Plan) -> list[str]:
@@ -63,6 +69,11 @@ def _plan_refusals(plan: Plan) -> list[str]:
     return reasons
 
 
+def layer_of(site: Site) -> str:
+    """The name of the decoder layer that holds a site."""
+    return site.name.rpartition(".")[0]
+
+
 def _lane_refusals(config: Any, plans: Sequence[Plan]) -> list[str]:
     """Why no one pass without the image serves all plans that want one."""
     asking = [plan.processor for plan in plans if "image_free" in plan.processor.lanes and not plan.processor.inert]
@@ -72,6 +83,24 @@ def _lane_refusals(config: Any, plans: Sequence[Plan]) -> list[str]:
         reasons.append(
             f"removal={removals[0]!r} and {removals[1]!r} cannot share one image-free pass: attach one kind."
         )
+    return reasons
+
+
+def _question_refusals(plans: Sequence[Plan], processor: Any) -> list[str]:
+    """Why the user's question cannot be read as all plans want it."""
+    asking = [plan.processor for plan in plans if not plan.processor.inert]
+    asking += [plan.survey.processor for plan in plans if plan.survey is not None and not plan.processor.inert]
+    reasons = []
+    if tokenizer_of(processor) is None:
+        names = dict.fromkeys(type(p).__name__ for p in asking if "words" in p.needs)
+        reasons += [
+            f"{name} reads the words of the question, which takes the tokenizer: give processor=, the Hugging Face "
+            "processor of the model, or use all tokens of the question."
+            for name in names
+        ]
+    markers = sorted({p.marker for p in asking if p.marker})
+    if len(markers) > 1:
+        reasons.append(f"marker={markers[0]!r} and {markers[1]!r} cannot both end the question: give one marker.")
     return reasons
 
 

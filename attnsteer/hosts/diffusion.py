@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,38 +28,14 @@ from ..scheduler import Plan, Rows, check_steps, row_of, wanted_sites
 from ..site import Site
 from . import denoisers, nurse
 from .base import Call, copy_nest, holding, intercept, intercepted, is_compiled, named_inputs, prediction, unwrap
+from .between import Between
 from .bindings import Bindings
 from .carry import steering
 from .diffusers_seam import arm
 from .nurse import WARM_UPS, Nurse
+from .recorded import Lane, Recorded
 
 PlanRows = tuple[tuple[Plan, ...], ...]
-
-
-@dataclass(eq=False)
-class _Forward:
-    """The conditional forward of the step in progress, kept until the scheduler steps."""
-
-    model: torch.nn.Module
-    call: Call
-    inputs: dict[str, Any]
-    output: Any
-    tape: Tape | None
-    why_whole: str | None
-    loans: dict[Site, Loan]
-
-    def shares(self, sample: Tensor) -> bool:
-        """Whether another call belongs to the same step: sequential passes share their latents."""
-        mine = denoisers.sample_of(denoisers.family_of(self.model), self.inputs)
-        return mine is sample or mine.shape != sample.shape or torch.equal(mine, sample)
-
-
-class _Lane(NamedTuple):
-    """One perturbed row: its row of the latents, who perturbs it, and the guidance scale of this step."""
-
-    row: int
-    plan: Plan
-    scale: float
 
 
 class DiffusionSession:
@@ -89,11 +64,12 @@ class DiffusionSession:
         self._cfg = cfg
         self._clock: Clock | None = None
         self._intercepted: list[tuple[torch.nn.Module, Callable[[], None]]] = []
-        self._forward: _Forward | None = None
+        self._forward: Recorded | None = None
         self._unused = 0  # recorded forwards in a row that no step of the scheduler followed
         self._bindings = Bindings()
         self._constants: dict[Any, Tensor] = {}
         self._pipe = pipe
+        self._between = Between(rows, pipe)
         self._nurse = Nurse(rows, pipe, self._nursed, self._parts)
         self._names = [site.name for site in wanted_sites(rows)]
         self.extra_rows = 0  # rows computed for perturbed lanes so far
@@ -104,6 +80,7 @@ class DiffusionSession:
         self._arm()
         self._follow_scheduler()
         self._nurse.start()
+        self._between.start()
 
     def stop(self) -> None:
         lost = [type(m).__name__ for m, restore in self._intercepted if not intercepted(m, restore)]
@@ -115,6 +92,7 @@ class DiffusionSession:
             self._clock.detach()
             self._clock = None
         self._nurse.stop()
+        self._between.stop()
         self._forward = None
         self._bindings.clear()
         self._constants.clear()
@@ -182,9 +160,11 @@ class DiffusionSession:
                 self._clock.enter(inputs.get("timestep"))
                 nursing = self._active(lambda plan: plan.nursing is not None)
                 if any(nursing):
-                    now = Moment(self._clock.index, self._clock.total, self._clock.timestep)
-                    args, kwargs = self._nurse.before(model, call, args, kwargs, nursing, now)
+                    args, kwargs = self._nurse.before(model, call, args, kwargs, nursing, self._moment())
                     inputs = named_inputs(model, args, kwargs)
+                if self._between.wanted:
+                    active = self._active(lambda plan: True)
+                    self._between.before(model, call, inputs, self._bindings, active, self._moment())
             family = denoisers.family_of(model)
             plain = self._active(lambda plan: not plan.guides)
             guiding = self._active(lambda plan: plan.guides)
@@ -238,7 +218,7 @@ class DiffusionSession:
         self._forward = None
         with tape.recording() if tape else nullcontext():
             output = call(*args, **kwargs)
-        self._forward = _Forward(model, call, inputs, output, tape, why, loans)
+        self._forward = Recorded(model, call, inputs, output, tape, why, loans)
         return output
 
     def _active(self, which: Callable[[Plan], bool]) -> PlanRows:
@@ -276,6 +256,10 @@ class DiffusionSession:
             )
         return bindings
 
+    def _moment(self) -> Moment:
+        assert self._clock is not None
+        return Moment(self._clock.index, self._clock.total, self._clock.timestep)
+
     def _step(self, device: torch.device) -> Tensor:
         """The position in the schedule."""
         now = self._clock.index if self._clock and self._clock.running else 0
@@ -293,7 +277,11 @@ class DiffusionSession:
     # ---- the perturbed lane ------------------------------------------------------------------------------------------
     def _on_step(self, model_output: Tensor, sample: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What the scheduler gets: the prediction with guidance, and the latent that the prediction was made from."""
-        return self._nurse.at_step(self._guided(model_output), sample)
+        found = self._nurse.at_step(self._guided(model_output), sample)
+        if self._between.wanted:
+            model, active = self._intercepted[0][0], self._active(lambda plan: True)
+            self._between.after(model, active, model_output.shape[0], self._parts(model), self._moment())
+        return found
 
     def _guided(self, model_output: Tensor) -> Tensor:
         """Add guidance to the prediction that the scheduler is about to use."""
@@ -315,14 +303,14 @@ class DiffusionSession:
         samples = model_output.shape[0]
         assert self._clock is not None
         lanes = [
-            _Lane(row, plan, scale)
+            Lane(row, plan, scale)
             for row in range(samples)
             for plan in row_of(guiding, row, samples)
             if (scale := plan.processor.guidance(self._clock.timestep)) != 0
         ]
         return self._guide(forward, model_output, lanes) if lanes else model_output
 
-    def _guide(self, forward: _Forward, model_output: Tensor, lanes: Sequence[_Lane]) -> Tensor:
+    def _guide(self, forward: Recorded, model_output: Tensor, lanes: Sequence[Lane]) -> Tensor:
         """``model_output + sum of w (cond - perturbed)`` over the lanes; rows without a lane keep their bits."""
         family = denoisers.family_of(forward.model)
         batch = denoisers.sample_of(family, forward.inputs).shape[0]
@@ -352,7 +340,7 @@ class DiffusionSession:
         return torch.where(touched.view(spread), guided, model_output)
 
     def _perturbed(
-        self, forward: _Forward, rows: Tensor, lanes: Sequence[_Lane], first: int, batch: int, samples: int
+        self, forward: Recorded, rows: Tensor, lanes: Sequence[Lane], first: int, batch: int, samples: int
     ) -> Any:
         """One forward of the perturbed rows alone, from the fork on where that is safe."""
         family = denoisers.family_of(forward.model)

@@ -73,11 +73,17 @@ def encoded(pipe: Any, picture: Any, shape: tuple[int, int, int], device: torch.
 def position(model: torch.nn.Module, scheduler: Any, timestep: Any) -> int:
     """The position in the scheduler's timesteps that a denoiser's ``timestep`` stands for.
 
-    Compared in the denoiser's own precision, where pipelines round the timestep to it.
+    The schedule goes the way of the timestep (rounded to the denoiser's precision, then divided), so that the right one
+    is met exactly. Half precision rounds neighbours of a long schedule to one number: of those the scheduler's own
+    index says which, where it keeps one.
     """
     family = denoisers.family_of(model)
     given = torch.as_tensor(timestep).flatten()[:1].to(scheduler.timesteps.device)
     known = scheduler.timesteps
-    known = (known.to(given.dtype) if given.is_floating_point() else known).double()
-    clock = CLOCKS.get(family.name, 1.0) if family else 1.0
-    return int((known - clock * given.double()).abs().argmin())
+    known = known.to(given.dtype) if given.is_floating_point() else known
+    clock = CLOCKS.get(family.name) if family else None
+    off = ((known / clock if clock else known).double() - given.double()).abs()
+    nearest: list[int] = (off == off.min()).nonzero().flatten().tolist()
+    indices = [getattr(scheduler, name, None) for name in ("step_index", "begin_index")]
+    now = [index for index in indices if index in nearest]  # the first is None before the first step
+    return int(now[0]) if now else nearest[0]

@@ -52,7 +52,11 @@ images."""
 ANSWER_TYPES = {"paligemma": {"token_type_ids": 1}}
 """By ``model_type``: the value of a per-token input at generated tokens, where it is not 0 (PaliGemma: causal from
 here)."""
+WHOLE_PROMPT_IN_BOTH_DIRECTIONS = ("paligemma",)
+"""By ``model_type``: every token of the prompt sees every other one."""
 PIXELS = ("pixel_values", "pixel_values_videos", "pixel_values_images", "image_patches", "mm_encoder_outputs")
+PACKED = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
+"""Where pixels come as one list of patches ``(P, D)`` of all pictures: the input that says how many each has."""
 NOT_FOR_PREFILL = (
     *("past_key_values", "cache", "use_cache", "cache_position", "position_ids", "inputs_embeds", "labels"),
     *("logits_to_keep", "num_logits_to_keep", "return_dict", "output_attentions", "output_hidden_states"),
@@ -169,18 +173,25 @@ def lockstep_inputs(
     main, real = left_padded(inputs, mask, torch.ones_like(ids, dtype=torch.bool), pad)
     image = tokens.image_mask(main["input_ids"]) & real
     drop = image | tokens.wrapper_mask(main["input_ids"]) & image.any(dim=1, keepdim=True)
-    if removal == "delete":
-        # a prompt that is nothing but image keeps its last token: something has to predict the next one
-        alone = (drop | ~real).all(dim=1, keepdim=True)
-        keep = ~drop | alone & (torch.arange(ids.shape[1], device=ids.device) == ids.shape[1] - 1)
-        other, other_real = left_padded(main, main["attention_mask"], keep, pad)
-        lost = tokens.image_mask(other["input_ids"])
-        other["input_ids"] = other["input_ids"].masked_fill(lost, pad)
-    else:
-        other = {name: value.masked_fill(drop, 0) for name, value in main.items()}
-        other["input_ids"] = main["input_ids"].masked_fill(drop, pad)
-        other_real = real & ~drop
+    other, other_real = _without(main, real, drop, tokens, pad, removal)
     both = {name: torch.cat([main[name], other[name]]) for name in main}
     rest = {n: v for n, v in inputs.items() if n not in both and n not in NOT_FOR_PREFILL and v is not None}
     none = torch.zeros_like(image)
     return {**rest, **both}, torch.cat([image, none]), torch.cat([real & ~image, other_real])
+
+
+def _without(
+    main: dict[str, Tensor], real: Tensor, drop: Tensor, tokens: VisionTokens, pad: int, removal: str
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The inputs of the second lane, without the tokens ``drop``, and which of its tokens are real."""
+    if removal == "delete":
+        # a prompt that is nothing but image keeps its last token: something has to predict the next one
+        alone = (drop | ~real).all(dim=1, keepdim=True)
+        keep = ~drop | alone & (torch.arange(drop.shape[1], device=drop.device) == drop.shape[1] - 1)
+        other, other_real = left_padded(main, main["attention_mask"], keep, pad)
+        lost = tokens.image_mask(other["input_ids"])
+        other["input_ids"] = other["input_ids"].masked_fill(lost, pad)
+        return other, other_real
+    other = {name: value.masked_fill(drop, 0) for name, value in main.items()}
+    other["input_ids"] = main["input_ids"].masked_fill(drop, pad)
+    return other, real & ~drop

@@ -2,8 +2,9 @@
 
 Uncompiled, ``flex_attention`` builds the whole map, so this backend counts as able only while the caller is being
 compiled (``torch.compile`` of the model); ``attend(..., compiled=True)`` asks for it by name. A block mask must define
-its mask by ``mask_mod`` alone, because the uncompiled form ignores the block lists; ``block_mask`` builds such masks
-from a table of blocks, without ever evaluating the ``Nq x Nk`` grid.
+its mask by ``mask_mod`` alone, because the uncompiled form ignores the block lists; ``block_mask`` and
+``class_block_mask`` build such masks from a table of blocks and from classes of tokens, without ever evaluating the
+``Nq x Nk`` grid.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -94,7 +96,7 @@ def _kernel(compiled: bool) -> Any:
 def _compiled() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, fullgraph=True)  # at the limit of graphs an error, never the uncompiled map
 
 
 def _score_mod(mask: Tensor | None, is_causal: bool, offset: int) -> ScoreMod | None:
@@ -124,23 +126,57 @@ def block_mask(table: Tensor, n_q: int, n_k: int) -> BlockMask:
     Returns:
         A ``BlockMask`` that means the same compiled and uncompiled. Memory: a few tables of the size of ``table``.
     """
-    from torch.nn.attention.flex_attention import BlockMask
-
-    whole = n_k // BLOCK  # the last key block is partial where Nk is no multiple of 128: full blocks skip the mask_mod
-    places = torch.arange(table.shape[-1], device=table.device)
-    partial_number, partial_index = _block_list(table & (places >= whole))
-    full_number, full_index = _block_list(table & (places < whole))
 
     def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         row = b if table.shape[0] > 1 else torch.zeros_like(b)
         head = h if table.shape[1] > 1 else torch.zeros_like(h)
         return table[row, head, i // BLOCK, j // BLOCK] & (j < n_k)
 
+    return _assembled(table, table, mask_mod, n_q, n_k)
+
+
+def class_block_mask(table: Tensor, q_class: Tensor, k_class: Tensor) -> BlockMask:
+    """A block-sparse mask from classes of tokens. Only tokens that are sorted by class make it sparse.
+
+    Args:
+        table: bool ``(B, C, C)``: entry ``[a, b]`` says whether queries of class a see keys of class b.
+        q_class, k_class: ``(B, Nq)`` and ``(B, Nk)`` ints below C. Every query must see a key.
+
+    Returns:
+        A ``BlockMask`` that means the same compiled and uncompiled. Memory: a few tables of
+        ``B * ceil(Nq / 128) * ceil(Nk / 128)`` ints beside copies of the classes.
+    """
+    n_q, n_k = q_class.shape[1], k_class.shape[1]
+    seen, hidden = (class_blocks(allowed, q_class, k_class)[:, None] for allowed in (table, ~table))
+    q_class, k_class = (F.pad(x, (0, -x.shape[1] % BLOCK)) for x in (q_class, k_class))  # the kernel reads whole blocks
+
+    def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return table[b, q_class[b, i], k_class[b, j]] & (j < n_k)
+
+    return _assembled(seen, seen & ~hidden, mask_mod, n_q, n_k)
+
+
+def class_blocks(table: Tensor, q_class: Tensor, k_class: Tensor) -> Tensor:
+    """Bool ``(B, ceil(Nq / 128), ceil(Nk / 128))``: whether some query of a block sees some key of a block."""
+
+    def there(token: Tensor) -> Tensor:  # which classes a block holds, (B, blocks, C)
+        rows, n = token.shape
+        row, block = torch.arange(rows, device=token.device)[:, None], torch.arange(n, device=token.device) // BLOCK
+        empty = torch.zeros(rows, -(-n // BLOCK), table.shape[-1], device=token.device)
+        return empty.index_put((row, block[None], token), empty.new_ones(()))
+
+    return there(q_class) @ table.float() @ there(k_class).mT > 0
+
+
+def _assembled(seen: Tensor, full: Tensor, mask_mod: Callable[..., Tensor], n_q: int, n_k: int) -> BlockMask:
+    """The block mask of two tables ``(B or 1, H or 1, ...)``: blocks with a visible key, and those without a hidden
+    one, whose mask_mod the kernel skips. The last key block is not of the latter where Nk is no multiple of 128."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    full = full & (torch.arange(seen.shape[-1], device=seen.device) < n_k // BLOCK)
     return BlockMask.from_kv_blocks(
-        partial_number,
-        partial_index,
-        full_number,
-        full_index,
+        *_block_list(seen & ~full),
+        *_block_list(full),
         BLOCK_SIZE=BLOCK,
         mask_mod=mask_mod,
         seq_lengths=(n_q, n_k),

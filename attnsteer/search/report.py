@@ -155,7 +155,7 @@ def _bar(point: Any) -> tuple[float, float]:
 def _axes(draw: ImageDraw.ImageDraw, place: Any, heads: Sequence[int], span: tuple[float, float], most: int) -> None:
     low, high = span
     draw.line((place(0, high), place(0, low), place(most, low)), FAINT, 1)
-    for value in _ticks(low, high):
+    for value in ticks(low, high):
         x, y = place(0, value)
         draw.line((x - 4, y, x, y), FAINT, 1)
         draw.text((x - 8, y), f"{value:.4g}", FAINT, _font(), anchor="rm")
@@ -168,7 +168,7 @@ def _axes(draw: ImageDraw.ImageDraw, place: Any, heads: Sequence[int], span: tup
     draw.text((x, y + 34), "heads", FAINT, _font(12), anchor="mm")
 
 
-def _ticks(low: float, high: float, count: int = 5) -> Iterator[float]:
+def ticks(low: float, high: float, count: int = 5) -> Iterator[float]:
     """Round numbers between the ends."""
     rough = (high - low) / count
     unit = 10 ** math.floor(math.log10(rough))

@@ -11,14 +11,13 @@ left alone and never used. A kill in the middle of a write leaves a torn last li
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import SteeringError
+from ..lines import Lines, identity, whole_lines
 from ..plain import short
 from .hunter import Heads
 from .selection import Head
@@ -35,12 +34,6 @@ class Key(NamedTuple):
     seed: int
 
 
-def identity(settings: Mapping[str, Any]) -> str:
-    """A short hash of settings."""
-    text = json.dumps(settings, sort_keys=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 class Store:
     """All scores known so far, of all processes; new ones go to the file of this process.
 
@@ -53,10 +46,10 @@ class Store:
         self.folder = folder
         self._known: dict[Key, Scores] = {}
         self._runs: set[str] = set()
-        self._file: Any = None
+        self._file: Lines | None = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = _opened(folder / f"scores-{rank}.jsonl")
+            self._file = Lines(folder / f"scores-{rank}.jsonl", "search")
             self.reload()
 
     def __contains__(self, key: object) -> bool:
@@ -102,40 +95,12 @@ class Store:
             return
         for entry in entries:
             entry.pop("heads", None)
-        self._file.write(b"".join(json.dumps(entry, allow_nan=False).encode() + b"\n" for entry in entries))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-
-def _opened(file: Path) -> Any:
-    """A file to append whole lines to, for this process alone."""
-    opened = open(file, "a+b")  # noqa: SIM115 - closed by the store
-    try:
-        import fcntl
-    except ImportError:  # not on this system: nobody watches
-        pass
-    else:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            opened.close()
-            raise SteeringError(
-                f"Another search is writing to {str(file.parent)!r}: give each its own folder."
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-    opened.seek(0)
-    whole = opened.read()
-    if whole and not whole.endswith(b"\n"):
-        opened.truncate(whole.rfind(b"\n") + 1)
-    opened.seek(0, os.SEEK_END)
-    return opened
+        self._file.add(entries)
 
 
 def _lines(file: Path) -> Iterator[tuple[Key | str, Scores]]:
     """Every run and every score of a file; what stands behind its last end of line is still being written."""
-    whole = file.read_bytes()
-    for number, line in enumerate(whole[: whole.rfind(b"\n") + 1].splitlines(), start=1):
+    for number, line in whole_lines(file):
         try:
             entry = json.loads(line)
             if "settings" in entry:

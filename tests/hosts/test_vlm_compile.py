@@ -12,6 +12,7 @@ from torch import Tensor
 
 import attnsteer
 from attnsteer import AttentionCall, KeyBias, Processor, Where
+from attnsteer.processors import VCD, ImageContrast
 from attnsteer.processors.vhr import VHR
 from tests.tiny import vlms
 
@@ -137,3 +138,36 @@ def test_a_whole_compiled_model_is_steered_from_outside(how: str, counted: Any) 
     counts = _toggle(target, lambda: target(**inputs).logits, expected, graphs)
     assert counts[-1] == counts[0]
     assert ("_compiled_call_impl" in model.__dict__) == (how == "in place")
+
+
+def test_a_contrast_beside_compiled_decoding_takes_no_graph_of_its_own(counted: Any) -> None:
+    """The user's rows run compiled, their counterparts do not."""
+    backend, graphs = counted
+    inputs = vlms.build("llava")[1](2, left_padding=True)
+    for processor in (ImageContrast(gamma=2.5), VCD(alpha=2.0)):
+        model, _ = vlms.build("llava")
+        with attnsteer.steer(model, processor):
+            expected = _static(model, inputs)
+        _compile_decoding(model, backend)
+        plain, before = _static(model, inputs), len(graphs)
+        for _ in range(2):
+            with attnsteer.steer(model, processor):
+                torch.testing.assert_close(_static(model, inputs), expected, rtol=1e-4, atol=1e-4)
+            assert torch.equal(_static(model, inputs), plain)
+        assert len(graphs) - before <= 1
+
+
+@pytest.mark.parametrize("how", ["compiled in place", "torch.compile"])
+def test_a_whole_compiled_model_is_contrasted_from_outside(how: str, counted: Any) -> None:
+    backend, _ = counted
+    model, make = vlms.build("llava")
+    inputs = make(2, left_padding=True)
+    with attnsteer.steer(model, ImageContrast(gamma=2.5)):
+        expected = model(**inputs).logits
+    if how == "compiled in place":
+        model.compile(backend=backend)
+    target = torch.compile(model, backend=backend) if how == "torch.compile" else model
+    plain = target(**inputs).logits
+    with attnsteer.steer(target, ImageContrast(gamma=2.5)):
+        torch.testing.assert_close(target(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(target(**inputs).logits, plain)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from attnsteer.metrics import chair
 from attnsteer.world import sampling, text
 from attnsteer.world.catalog import CATEGORIES, CORE, find
 from attnsteer.world.scenes import Scene
@@ -64,13 +65,11 @@ def named(sentence: str) -> set[str]:
 
 def description_scores(said: Iterable[str], drawn: Sequence[Scene]) -> dict[str, float]:
     """chair_i: named objects that are not there / named objects; recall: objects named / objects; exact: both right."""
-    names = [(named(sentence), set(scene.categories)) for sentence, scene in zip(said, drawn, strict=True)]
-    mentioned = sum(len(a) for a, _ in names)
-    return {
-        "chair_i": sum(len(a - b) for a, b in names) / max(1, mentioned),
-        "recall": sum(len(a & b) for a, b in names) / sum(len(b) for _, b in names),
-        "exact": sum(a == b for a, b in names) / len(names),
-    }
+    pairs = zip(said, drawn, strict=True)
+    records = [chair.caption(n, sorted(named(line)), scene.categories) for n, (line, scene) in enumerate(pairs)]
+    table = chair.ratios(records)
+    exact = sum(r.mentions == r.right == r.there for r in records) / len(records)
+    return {"chair_i": table["chair_i"].value, "recall": table["recall"].value, "exact": exact}
 
 
 def mentions(sentence: str) -> list[tuple[str, str]]:

@@ -103,6 +103,37 @@ def save(file: Path, **state: object) -> None:
     os.replace(part, file)
 
 
+def restore(file: Path, model: nn.Module, mean: nn.Module, steppers: Sequence[torch.optim.Optimizer]) -> int:
+    """Load what `save` wrote, and give the step that comes next."""
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    model.load_state_dict(state["model"])
+    mean.load_state_dict(state["mean"])
+    for stepper, saved in zip(steppers, state["optimizers"], strict=True):
+        stepper.load_state_dict(saved)
+    return int(state["step"])
+
+
+def descend(
+    model: nn.Module,
+    loss: Callable[[int], torch.Tensor],
+    steppers: Sequence[torch.optim.Optimizer],
+    options: argparse.Namespace,
+    step: int,
+) -> torch.Tensor:
+    """One step of training: the loss that it started from."""
+    torch.manual_seed((options.seed * 7919 + step) % 2**31)
+    for group in (group for stepper in steppers for group in stepper.param_groups):
+        group["lr"] = options.rate * schedule(step, options.steps, options.warmup, options.decay)
+    with torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=not options.float32):
+        value = loss(step)
+    value.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for stepper in steppers:
+        stepper.step()
+    model.zero_grad(set_to_none=True)
+    return value
+
+
 def fit(
     model: M,
     loss: Callable[[int], torch.Tensor],
@@ -127,14 +158,8 @@ def fit(
     """
     mean = copy.deepcopy(model).eval().requires_grad_(False)
     steppers = optimizers(model, options, weight_decay, blocks)
-    file, start = options.run / f"{name}.pt", 0
-    if options.resume and file.exists():
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        model.load_state_dict(state["model"])
-        mean.load_state_dict(state["mean"])
-        for stepper, saved in zip(steppers, state["optimizers"], strict=True):
-            stepper.load_state_dict(saved)
-        start = state["step"]
+    file = options.run / f"{name}.pt"
+    start = restore(file, model, mean, steppers) if options.resume and file.exists() else 0
 
     def checkpoint(step: int) -> None:
         states = [stepper.state_dict() for stepper in steppers]
@@ -143,18 +168,8 @@ def fit(
     report = Report(start, options.steps, options.log_every)
     model.train()
     for step in range(start, options.steps):
-        torch.manual_seed((options.seed * 7919 + step) % 2**31)
-        for group in (group for stepper in steppers for group in stepper.param_groups):
-            group["lr"] = options.rate * schedule(step, options.steps, options.warmup, options.decay)
-        with torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=not options.float32):
-            value = loss(step)
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for stepper in steppers:
-            stepper.step()
-        model.zero_grad(set_to_none=True)
+        report(step, descend(model, loss, steppers, options, step))
         average(mean, model, step, ema)
-        report(step, value)
         if (step + 1) % options.save_every == 0:
             checkpoint(step + 1)
         if options.export_every and (step + 1) % options.export_every == 0:

@@ -1,0 +1,162 @@
+"""A model that answers: many pictures and many methods as rows of one batch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from .._version import __version__
+from ..attach import attach
+from ..chat import question_inputs
+from ..errors import SteeringError
+from ..hosts.vision import seen_once
+from ..lines import identity
+from .methods import Method, tensor_digest
+from .samples import Sample
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said.
+
+    Attributes:
+        text: without special tokens; tokens: its ids, without the one that ends it.
+        finish: ``"stop"``, or ``"length"`` where the limit cut it.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish: str
+
+
+class Answerer:
+    """A vision-language model and its Hugging Face processor; answers are greedy.
+
+    Args:
+        model: with nothing attached.
+        processor: of the model.
+    """
+
+    def __init__(self, model: Any, processor: Any):
+        self.model, self.processor = model, processor
+        self.digest = model_digest(model, processor)
+
+    def settings(self, max_new_tokens: int) -> dict[str, Any]:
+        """Everything that an answer depends on besides question and method."""
+        return {
+            "model": self.digest,
+            "generation": {"do_sample": False, "max_new_tokens": max_new_tokens},
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": self.model.device.type,
+            "versions": {"attnsteer": __version__, **{name: version(name) for name in ("torch", "transformers")}},
+        }
+
+    def groups(self, methods: Sequence[Method]) -> list[list[Method]]:
+        """Methods that can be rows of one batch, in as few batches as taking them in order gives.
+
+        Raises:
+            SteeringError: a method that this model cannot have at all.
+        """
+        found: list[list[Method]] = []
+        for method in methods:
+            try:
+                self._try([method])
+            except SteeringError as error:
+                raise SteeringError([f"{method.label}: {reason}" for reason in error.reasons]) from error
+            for group in found:
+                try:
+                    self._try([*group, method])
+                except SteeringError:
+                    continue
+                group.append(method)
+                break
+            else:
+                found.append([method])
+        return found
+
+    def _try(self, methods: Sequence[Method]) -> None:
+        with self._steered(methods):
+            pass
+
+    def _steered(self, methods: Sequence[Method]) -> Any:
+        if not any(method.processors for method in methods):
+            return nullcontext()
+        return attach(self.model, variants=[method.processors for method in methods], processor=self.processor)
+
+    def __call__(self, samples: Sequence[Sample], methods: Sequence[Method], limit: int) -> list[list[Answer]]:
+        """Answers by method, then by sample.
+
+        Args:
+            methods: rows of one batch, one block of samples for each.
+            limit: most tokens of an answer.
+        """
+        pictures, questions = [sample.picture.open() for sample in samples], [sample.prompt for sample in samples]
+        inputs = question_inputs(self.processor, pictures, questions).to(self.model.device, self.model.dtype)
+        rows = {name: _repeated(value, len(methods)) for name, value in inputs.items()}
+        with self._steered(methods), seen_once(self.model, len(methods)):
+            out = self.model.generate(**rows, max_new_tokens=limit, do_sample=False, num_beams=1)
+        new = out[:, rows["input_ids"].shape[1] :].tolist()
+        ends = _ends(self.model.generation_config)
+        cut = [_cut(row, ends, limit) for row in new]
+        texts = self.processor.batch_decode([ids for ids, _ in cut], skip_special_tokens=True)
+        answers = [Answer(text.strip(), ids, end) for text, (ids, end) in zip(texts, cut, strict=True)]
+        return [answers[start : start + len(samples)] for start in range(0, len(answers), len(samples))]
+
+
+def _repeated(value: Any, times: int) -> Any:
+    """The same rows again for each method. Pictures come first to last in every family, whatever their first axis is
+    (rows, patches or tiles), so whole blocks can be put behind each other."""
+    import torch
+
+    return torch.cat([value] * times) if isinstance(value, torch.Tensor) else list(value) * times
+
+
+def _ends(config: Any) -> set[int]:
+    ends = config.eos_token_id
+    return set(ends) if isinstance(ends, (list, tuple)) else {ends} - {None}
+
+
+def _cut(row: Sequence[int], ends: set[int], limit: int) -> tuple[tuple[int, ...], str]:
+    """The tokens before the one that ends the answer, and whether there was one. A row that ended is padded."""
+    place = next((i for i, token in enumerate(row) if token in ends), None)
+    if place is not None:
+        return tuple(row[:place]), "stop"
+    return tuple(row), "length" if len(row) >= limit else "stop"
+
+
+def model_digest(model: Any, processor: Any) -> str:
+    """A hash of the configuration, every weight, and how pictures and text become its inputs."""
+    weights = {
+        name: tensor_digest(tensor) if tensor.device.type != "meta" else [str(tensor.dtype), list(tensor.shape)]
+        for name, tensor in model.state_dict().items()
+        if hasattr(tensor, "device")
+    }
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    generation = model.generation_config.to_dict()
+    generation.pop("transformers_version", None)
+    return identity(
+        {"weights": weights, "config": _json(config), "generation": _json(generation), **_inputs(processor)}
+    )
+
+
+def _inputs(processor: Any) -> dict[str, Any]:
+    tokenizer, pixels = getattr(processor, "tokenizer", processor), getattr(processor, "image_processor", None)
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return {
+        "words": hashlib.sha256(repr(vocabulary).encode()).hexdigest()[:16],
+        "template": getattr(processor, "chat_template", None),
+        "pixels": _json(pixels.to_dict()) if pixels is not None else None,
+    }
+
+
+def _json(value: Any) -> Any:
+    """Values that JSON does not have, by their text."""
+    if isinstance(value, Mapping):
+        return {str(key): _json(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json(each) for each in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -1,0 +1,174 @@
+"""Questions about pictures as rows of one batch: prompts, one vision encoding per picture, greedy answers.
+
+Each prompt is written by the Hugging Face processor on its own; the rows are then padded on the left here, so that all
+end at the same position whatever side a tokenizer prefers. Vision towers run once for each set of pictures: the
+language model takes what they found (``mm_encoder_outputs``) instead of pixels.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import SteeringError
+from .decoders import core
+from .vlm_families import PER_TOKEN, padding_id, vision_tokens
+
+Pictures = tuple[Image.Image, ...]
+PLAIN_TEMPLATE = "USER: {image}\n{question} ASSISTANT:"
+"""For processors without a chat template: LLaVA-1.5's format."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Prompts as rows.
+
+    Attributes:
+        inputs: what ``generate`` takes, with the vision encoding in place of pixels.
+        rows: the inputs of each row alone, with its pixels and without padding.
+        pictures: the pictures of each row.
+    """
+
+    inputs: dict[str, Any]
+    rows: list[dict[str, Any]]
+    pictures: list[Pictures]
+
+    @property
+    def length(self) -> int:
+        return int(self.inputs["input_ids"].shape[1])
+
+
+def prompt(hf_processor: Any, pictures: Pictures, question: str, template: str | None = None) -> dict[str, Any]:
+    """The inputs of one prompt: the pictures, then the question, in the words that the model was trained on.
+
+    Args:
+        template: a prompt typed by hand with ``{question}`` and the processor's image token (or ``{image}``) in it,
+            which is repeated for each picture; None uses the processor's chat template.
+
+    Raises:
+        SteeringError: a template without these two.
+    """
+    token = str(getattr(hf_processor, "image_token", "<image>"))
+    if template is None and getattr(hf_processor, "chat_template", None):
+        content = [{"type": "image", "image": picture} for picture in pictures]
+        chat = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+        return dict(
+            hf_processor.apply_chat_template(
+                [chat], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            )
+        )
+    text = (PLAIN_TEMPLATE if template is None else template).replace("{image}", token)
+    if text.count(token) != 1 or "{question}" not in text:
+        raise SteeringError(
+            f"template={template!r} needs {{question}} and, once, the image token {token!r} of this processor."
+        )
+    text = text.replace(token, token * len(pictures)).replace("{question}", question)
+    return dict(hf_processor(text=[text], images=[list(pictures)], return_tensors="pt"))
+
+
+def row(
+    model: torch.nn.Module, hf_processor: Any, pictures: Pictures, question: str, template: str | None = None
+) -> dict[str, Tensor]:
+    """The inputs of one prompt as tensors on the model's device, pixels in its dtype."""
+    inner: Any = core(model)
+    given = prompt(hf_processor, pictures, question, template)
+    tensors = {name: value.to(inner.device) for name, value in given.items() if isinstance(value, Tensor)}
+    return {name: value.to(inner.dtype) if value.is_floating_point() else value for name, value in tensors.items()}
+
+
+def batch(
+    model: torch.nn.Module,
+    hf_processor: Any,
+    pictures: Sequence[Pictures],
+    questions: Sequence[str],
+    template: str | None = None,
+) -> Batch:
+    """One row for each question; rows with the same picture objects share their encoding.
+
+    Raises:
+        SteeringError: a model that takes no pictures, or ``row``'s.
+    """
+    inner: Any = core(model)
+    if (
+        not hasattr(inner, "get_image_features")
+        or "mm_encoder_outputs" not in inspect.signature(inner.forward).parameters
+    ):
+        raise SteeringError(f"{type(inner).__name__} takes no picture as tokens of its prompt.")
+    rows = [row(model, hf_processor, *one, template) for one in zip(pictures, questions, strict=True)]
+    return Batch(joined(inner, rows, pictures), rows, list(pictures))
+
+
+def joined(inner: Any, rows: Sequence[Mapping[str, Any]], pictures: Sequence[Pictures]) -> dict[str, Any]:
+    """Rows as one batch, padded on the left, with the encoding of their pictures in place of pixels."""
+    longest = max(given["input_ids"].shape[1] for given in rows)
+    pad = padding_id(inner.config, vision_tokens(inner.config))
+    fill = {"input_ids": pad, "attention_mask": 0, **dict.fromkeys(PER_TOKEN, 0)}
+    encoding = _encoding_inputs(inner)
+    inputs: dict[str, Any] = {}
+    for name in rows[0]:
+        values = [given[name] for given in rows]
+        if name in fill:
+            values = [F.pad(v, (longest - v.shape[1], 0), value=fill[name]) for v in values]
+        elif name.startswith("pixel_"):
+            continue  # the encoder has seen them
+        inputs[name] = torch.cat(values)
+    found: dict[tuple[int, ...], Any] = {}
+    for given, seen in zip(rows, pictures, strict=True):
+        key = tuple(map(id, seen))
+        if key not in found:
+            shown = {name: given[name] for name in encoding if name in given}
+            with torch.no_grad():
+                found[key] = inner.get_image_features(**shown, return_dict=True)
+    inputs["mm_encoder_outputs"] = {"image": _encodings([found[tuple(map(id, seen))] for seen in pictures])}
+    return inputs
+
+
+def greedy(model: Any, batch: Batch, max_new_tokens: int) -> list[list[int]]:
+    """The tokens that the model says after each prompt, with the one that ends the answer where it comes."""
+    inputs = {**batch.inputs, "mm_encoder_outputs": dict(batch.inputs["mm_encoder_outputs"])}
+    with torch.no_grad():
+        found = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, return_dict_in_generate=False
+        )
+    inner: Any = core(model)
+    config = inner.generation_config
+    ends = {*config.eos_token_id} if isinstance(config.eos_token_id, (list, tuple)) else {config.eos_token_id}
+    said = found[:, batch.length :].tolist()
+    return [one[: next((n + 1 for n, token in enumerate(one) if token in ends), len(one))] for one in said]
+
+
+def words(hf_processor: Any, tokens: Sequence[int]) -> str:
+    """An answer as text."""
+    return str(getattr(hf_processor, "tokenizer", hf_processor).decode(tokens, skip_special_tokens=True)).strip()
+
+
+def _encoding_inputs(inner: Any) -> list[str]:
+    """What the vision tower wants of a prompt's inputs."""
+    names = inspect.signature(inner.get_image_features).parameters
+    return [name for name in names if name.startswith("pixel_") or name in ("image_grid_thw", "image_sizes")]
+
+
+def _encodings(found: Sequence[Any]) -> Any:
+    """The encodings of several prompts behind each other, in the class of the family.
+
+    Features are a tensor, or a list or tuple by picture; Qwen3-VL has such a list for each of some layers besides.
+    """
+    joint = {"pooler_output": _behind([one.pooler_output for one in found])}
+    if getattr(found[0], "deepstack_features", None) is not None:
+        joint["deepstack_features"] = [
+            _behind(layer) for layer in zip(*(one.deepstack_features for one in found), strict=True)
+        ]
+    return type(found[0])(**joint)
+
+
+def _behind(parts: Sequence[Any]) -> Any:
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts))
+    return [feature for part in parts for feature in part]

@@ -1,0 +1,180 @@
+"""``prefill``: one prefill of a prompt, shared by many generations that change its last row alone.
+
+What a method does to the last row of a prompt changes no key and no value of the rows before it (causal order). So the
+prompt is run once, plainly; each generation takes a copy of that cache without the last token and runs this one token
+again, steered. Exact, also where the steered layers lie before the layers that a survey read.
+
+A prompt whose rows see the last one (PaliGemma reads its prompt in both directions) has no such prefill, and neither
+has a method that changes other rows: both are refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..attach import attach, sites
+from ..errors import SteeringError
+from ..logits import per_query
+from ..processor import Processor
+from ..scheduler import make_plan
+from ..site import AttentionCall, Kind
+from .decoders import core
+from .survey import Known
+from .vlm_families import PER_TOKEN, SCRATCH
+from .worlds import is_language_model
+
+_ALONE: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+_ALONE |= {"prefill_chunk_size": None, "cache_implementation": None}
+"""Options of ``generate`` for one whole prefill, whatever the model's generation config says."""
+
+
+@dataclass(frozen=True)
+class _LastKey(Processor):
+    """Finds layers where a row before the last sees the last token."""
+
+    kinds: ClassVar[tuple[Kind, ...]] = ("causal",)
+    reads_only: ClassVar[bool] = True
+
+    @property
+    def token_agnostic(self) -> bool:
+        return True
+
+    def react(self, call: AttentionCall) -> None:
+        if call.is_causal or call.q.shape[2] == 1:
+            return
+        mask = call.mask
+        if mask is None or not per_query(mask):
+            raise SteeringError(f"{call.site.name!r} has no causal order: its prompt has no prefill to share.")
+        column = mask[..., :-1, call.q.shape[2] - 1]  # the cache is empty before: the last token is the key of Nq - 1
+        open_ = column if mask.dtype == torch.bool else column > torch.finfo(mask.dtype).min / 2
+        if bool(open_.any()):
+            raise SteeringError(
+                f"Rows of this prompt see its last token ({call.site.name!r} reads it in both directions), so what is "
+                "done to the last row changes their keys: there is no prefill to share. Call generate instead."
+            )
+
+
+class Prefill:
+    """A prompt that was prefilled; made by ``prefill``.
+
+    It keeps the cache and the inputs, and every generation copies the cache. It holds for the weights and the attention
+    implementation that it was made with.
+    """
+
+    def __init__(self, model: Any, inputs: Mapping[str, Any], cache: Any, known: Known, processor: Any):
+        self._model, self._inputs, self._cache, self._known, self._processor = model, inputs, cache, known, processor
+        self._scratch = _scratch(core(model))
+
+    def generate(self, *processors: Processor, **options: Any) -> Any:
+        """``model.generate(**inputs, **options)`` under these processors, from the last prompt token on.
+
+        Args:
+            processors: as for ``attach``; none for the plain model.
+            **options: of ``generate``: lengths, sampling, beams; no inputs.
+
+        Raises:
+            SteeringError: a processor that changes more than the last row, or an option that is an input.
+        """
+        reasons = [reason for processor in processors for reason in self._refusals(processor)]
+        reasons += [f"{name}= was given to prefill already." for name in options if name in self._inputs]
+        if reasons:
+            raise SteeringError(reasons)
+        cache = copy.deepcopy(self._cache)
+        repeats = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
+        if repeats > 1:
+            cache.batch_repeat_interleave(repeats)
+        given = {n: v for n, v in self._inputs.items() if n in ("input_ids", "attention_mask", *PER_TOKEN)}
+        with self._as_prefilled(), self._steered(processors):
+            return self._model.generate(**given, past_key_values=cache, **options)
+
+    def logits(self, *processors: Processor) -> Tensor:
+        """The logits of the next token under these processors, ``(B, vocabulary)`` float32."""
+        out = self.generate(*processors, **_ALONE, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+        return out.logits[0]
+
+    def _refusals(self, processor: Processor) -> list[str]:
+        if not isinstance(processor, Processor):
+            raise SteeringError(f"{processor!r} is not an attnsteer processor.")
+        if processor.last_row_only or processor.inert:
+            return []
+        name = type(processor).__name__
+        return [
+            f"{name} changes more than the last row of a prompt (it is not last_row_only), so it needs its own "
+            "prefill: attach it and call generate."
+        ]
+
+    @contextlib.contextmanager
+    def _steered(self, processors: tuple[Processor, ...]) -> Iterator[None]:
+        if not processors:
+            yield
+            return
+        with attach(self._model, *processors, processor=self._processor) as steering:
+            surveyor = getattr(steering.session, "surveyor", None)
+            if surveyor is not None:  # the prompt without its pixels cannot be read again
+                surveyor.known, surveyor.inputs = self._known, self._inputs
+            yield
+
+    @contextlib.contextmanager
+    def _as_prefilled(self) -> Iterator[None]:
+        """Inside, what a family keeps of its last prefill is what it kept of this one."""
+        kept = _scratch(core(self._model))
+        _restore(self._scratch)
+        try:
+            yield
+        finally:
+            _restore(kept)
+
+
+def prefill(model: Any, *processors: Processor, processor: Any = None, **inputs: Any) -> Prefill:
+    """Run a prompt once, for many generations or logits that differ in what they do to its last row.
+
+        ready = attnsteer.prefill(model, GIFT(), processor=hf_processor, **inputs)
+        answers = [ready.generate(GIFT(alpha=alpha), max_new_tokens=32) for alpha in (1, 3, 5)]
+
+    Args:
+        model: a Hugging Face language or vision-language model to which nothing is attached.
+        processors: methods whose surveys are read in this very pass. Those of others cost one more pass each, once.
+        processor: the Hugging Face processor or tokenizer, as for ``attach``.
+        **inputs: of the model: ``input_ids``, ``attention_mask``, pixels.
+
+    Raises:
+        SteeringError: no language model; no ``input_ids``; a prompt whose earlier rows see its last token.
+    """
+    if not (is_language_model(model) and hasattr(model, "generate")):
+        raise SteeringError(f"prefill needs a language model that generates, not {type(model).__name__}.")
+    if not isinstance(inputs.get("input_ids"), Tensor) or inputs.get("past_key_values") is not None:
+        raise SteeringError("prefill needs input_ids, and makes the cache itself: leave past_key_values out.")
+    from transformers import DynamicCache
+
+    there = sites(model)
+    surveys: list[Processor] = []
+    for plan in [make_plan(p, there) for p in processors]:
+        if plan.survey is not None and plan.survey.processor not in surveys:
+            surveys.append(plan.survey.processor)
+    inner: Any = core(model)
+    cache = DynamicCache(config=inner.config.get_text_config(decoder=True))
+    cache.activate_past_recording()  # sliding layers keep what the crop needs
+    with attach(model, _LastKey(), *surveys, processor=processor) as steering:
+        model.generate(**inputs, **_ALONE, past_key_values=cache, max_new_tokens=1)
+        known = [(plan.processor, dict(plan.shared)) for plan in steering.plans if plan.processor in surveys]
+        cache.crop(-1)
+        for layer in cache.layers:
+            if getattr(layer, "record_past", False):
+                layer.record_past = False  # or the copies would keep every token that they generate
+        return Prefill(model, inputs, cache, known, processor)
+
+
+def _scratch(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, Any]]:
+    return [(m, name, m.__dict__[name]) for m in model.modules() for name in SCRATCH if name in m.__dict__]
+
+
+def _restore(kept: list[tuple[torch.nn.Module, str, Any]]) -> None:
+    for module, name, value in kept:
+        module.__dict__[name] = value
