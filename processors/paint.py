@@ -18,7 +18,8 @@ Fused form: as PAI; in the tower the class token's row is computed beside the us
 Cost: two rows ``(B, H, 1, patches)`` in the tower, then one row of logits for each layer and step.
 Limits: a tower with a class token and one image token per patch (LLaVA-1.5), one picture per prompt. The paper's
 spatial stream sorts row sums of a softmax, which are all 1, and is left out; so is the "head-specific modulation" of
-the first abstract, for which no formula was published. The contrast with an image-free prompt is ``ImageContrast``: attach both.
+the first abstract, for which no formula was published. The contrast with an image-free prompt is ``ImageContrast``:
+attach both.
 """
 
 from __future__ import annotations
