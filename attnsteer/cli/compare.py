@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..compare import Comparison, Method, Task
     from ..processor import Processor
 
-METHODS = ("baseline", "vhr")
+METHODS = ("baseline", "vhr", "var", "gift", "pai", "vaf", "vcd")
 """Compared where the user names none."""
 TASKS = ("chair", "pope")
 WORLD = "world-llava"
