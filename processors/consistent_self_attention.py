@@ -30,7 +30,7 @@ import torch
 from attnsteer.draws import kept, uniform
 from attnsteer.edits import Edit
 from attnsteer.errors import SteeringError
-from attnsteer.processor import Processor, check_number
+from attnsteer.processor import Processor, check_integer, check_number
 from attnsteer.site import AttentionCall, Kind
 from attnsteer.stories import picture, share
 from attnsteer.where import Where
@@ -67,13 +67,13 @@ class ConsistentSelfAttention(Processor):
     reads_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_frames(self, "frames", self.frames)
+        check_integer(self, "frames", 1)
         if self.writers is not None:
-            check_frames(self, "writers", self.writers, self.frames)
+            check_integer(self, "writers", 1, self.frames)
         check_number(self, "rate", 0, 1)
         check_number(self, "strength", 0)
-        check_frames(self, "change", self.change, low=0)
-        check_frames(self, "seed", self.seed, low=0)
+        check_integer(self, "change")
+        check_integer(self, "seed")
         if len(self.skip) != 2 or not all(isinstance(p, (int, float)) and 0 <= p <= 1 for p in self.skip):
             raise SteeringError(f"ConsistentSelfAttention(skip={self.skip!r}): give two probabilities from 0 to 1.")
 
@@ -94,10 +94,3 @@ class ConsistentSelfAttention(Processor):
         on = coin >= torch.where(late, self.skip[1], self.skip[0])
         weight = torch.where(on, self.strength, 0.0)[:, None].expand(-1, call.site.heads)
         return share(call, self.frames, read, lent, weight)
-
-
-def check_frames(owner: Processor, name: str, value: object, high: int | None = None, low: int = 1) -> None:
-    """Refuse what is no int from ``low`` to ``high``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
-        bounds = f"an int from {low}" + (" up" if high is None else f" to {high}")
-        raise SteeringError(f"{type(owner).__name__}({name}={value!r}) is out of range: allowed is {bounds}.")

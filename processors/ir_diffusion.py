@@ -42,12 +42,10 @@ from attnsteer.edits import ClassMask, Edit, Mix, RowKeys, Segments
 from attnsteer.errors import SteeringError
 from attnsteer.layouts import disjoint, isolation_table, packed, reposition
 from attnsteer.logits import compute_dtype
-from attnsteer.processor import Processor, check_number
+from attnsteer.processor import Processor, check_integer, check_number
 from attnsteer.site import AttentionCall, Kind, Site
 from attnsteer.stories import check_masks, count, picture, sources, to_grid
 from attnsteer.where import Where
-
-from .consistent_self_attention import check_frames
 
 
 @dataclass(frozen=True)
@@ -88,9 +86,8 @@ class IRDiffusion(Processor):
         check_number(self, "dropout", 0, 1 - 1e-6)
         check_number(self, "reference_bias")
         check_number(self, "mutual", 0, 1)
-        for name, value in (("start_layer", self.start_layer), ("start_step", self.start_step), ("seed", self.seed)):
-            if value is not None or name != "start_layer":
-                check_frames(self, name, value, low=0)
+        for name in ("start_step", "seed") if self.start_layer is None else ("start_layer", "start_step", "seed"):
+            check_integer(self, name)
         subjects = self.references.shape[0] if isinstance(self.references, Tensor) and self.references.dim() else 1
         reasons = check_masks("references", self.references, subjects) + check_masks("scene", self.scene, subjects)
         if not reasons and isinstance(self.scene, Tensor) and bool(((self.scene > 0.5).sum(0) > 1).any()):

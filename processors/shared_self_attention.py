@@ -47,14 +47,12 @@ from attnsteer.edits import Reaction, Replace
 from attnsteer.errors import SteeringError
 from attnsteer.layouts import pad
 from attnsteer.nursing import Moment, Word
-from attnsteer.processor import Processor, check_number
+from attnsteer.processor import Processor, check_integer, check_number
 from attnsteer.site import AttentionCall, Kind, Site
 from attnsteer.steps import StepEnd
 from attnsteer.stories import check_masks, picture, share, to_grid
 from attnsteer.subjects import look, map_sites, refresh
 from attnsteer.where import Where
-
-from .consistent_self_attention import check_frames
 
 
 @dataclass(frozen=True)
@@ -94,13 +92,13 @@ class SharedSelfAttention(Processor):
     needs: ClassVar[tuple[str, ...]] = ("grid",)
 
     def __post_init__(self) -> None:
-        check_frames(self, "frames", self.frames)
+        check_integer(self, "frames", 1)
         if self.anchors is not None:
-            check_frames(self, "anchors", self.anchors, max(self.frames, 2))
+            check_integer(self, "anchors", 1, max(self.frames, 2))
         check_number(self, "dropout", 0, 1)
         check_number(self, "strength", 0)
-        check_frames(self, "seed", self.seed, low=0)
-        check_frames(self, "window", self.window)
+        check_integer(self, "seed")
+        check_integer(self, "window", 1)
         reasons = [] if self.masks is None else check_masks("masks", self.masks, self.lenders)
         if self.masks is not None and self.words:
             reasons.append("Give the masks of the subject or its words, not both.")
