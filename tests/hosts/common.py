@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnsteer import AttentionCall, Processor
 from attnsteer.edits import Edit, KeyBias, Scale
+from tests.tiny import vlms
 
 GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
 
@@ -80,3 +81,14 @@ def state_of(model: Any) -> tuple[Any, ...]:
     hooks = [name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
     methods = [model.__dict__.get(name) for name in ("generate", "get_compiled_call")]
     return marks, hooks, methods, model.training
+
+
+def without_a_picture(inputs: dict[str, Any], one: dict[str, Any]) -> dict[str, Any]:
+    """Two prompts of which the second has lost its picture; ``one`` holds the pixels of the first alone."""
+    inputs["input_ids"][1].masked_fill_(inputs["input_ids"][1] == vlms.IMAGE, 11)
+    for key in inputs:
+        if key not in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
+            inputs[key] = one[key]
+        elif key.endswith("type_ids"):
+            inputs[key][1] = 0
+    return inputs

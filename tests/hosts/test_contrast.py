@@ -13,7 +13,7 @@ import attnsteer
 from attnsteer import SteeringError, Where
 from attnsteer.hosts.counterparts import noised
 from attnsteer.processors import ICD, M3ID, VCD, VHR, ImageContrast
-from tests.hosts.common import GREEDY, BoostImage, ScaleAll, state_of
+from tests.hosts.common import GREEDY, BoostImage, ScaleAll, state_of, without_a_picture
 from tests.hosts.contrasting import (
     SPECIAL,
     beams,
@@ -229,13 +229,7 @@ def test_strength_zero_is_the_plain_model_bit_for_bit(processor: Any) -> None:
 @pytest.mark.parametrize("name", ["llava", "qwen25", "gemma3"])
 def test_rows_without_a_picture_are_left_alone(name: str) -> None:
     model, make = vlms.build(name)
-    inputs, one = make(2), make(1)
-    inputs["input_ids"][1].masked_fill_(inputs["input_ids"][1] == vlms.IMAGE, 11)
-    for key in inputs:
-        if key not in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
-            inputs[key] = one[key]
-        elif key.endswith("type_ids"):
-            inputs[key][1] = 0
+    inputs = without_a_picture(make(2), make(1))
     plain = model(**inputs).logits
     for processor in (IMAGE, NOISE):
         with attnsteer.steer(model, processor):

@@ -13,7 +13,7 @@ import attnsteer
 from attnsteer import AttentionCall, SteeringError, Where
 from attnsteer.processors.vhd import VHD
 from attnsteer.processors.vhr import VHR
-from tests.hosts.common import GREEDY, Look, ScaleAll, factors_of, scaled, state_of
+from tests.hosts.common import GREEDY, Look, ScaleAll, factors_of, scaled, state_of, without_a_picture
 from tests.tiny import vlms
 
 # ---- the same tokens as the oracle, however the user generates -------------------------------------------------------
@@ -123,13 +123,7 @@ def test_variants_are_dealt_to_repeated_prompts() -> None:
 @pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2", "qwen25", "qwen3", "internvl", "gemma3", "paligemma"])
 def test_rows_without_an_image_are_left_alone_in_a_mixed_batch(name: str) -> None:
     model, make = vlms.build(name)
-    inputs, one = make(2), make(1)
-    inputs["input_ids"][1].masked_fill_(inputs["input_ids"][1] == vlms.IMAGE, 11)
-    for key in inputs:
-        if key not in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
-            inputs[key] = one[key]
-        elif key.endswith("type_ids"):
-            inputs[key][1] = 0
+    inputs = without_a_picture(make(2), make(1))
     plain = model(**inputs).logits
     with attnsteer.steer(model, VHR()) as steering:
         logits = model(**inputs).logits
