@@ -108,7 +108,7 @@ def export(model: Painter, vae: AutoencoderTiny, words: CLIPTokenizer, pieces: T
     fresh.load_state_dict(model.state_dict())
     fresh.half()
     pipe = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.5),  # of 0.6 to 3 best for pairs of validation
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.5),  # sampling alone; training draws its own levels
         vae=vae.cpu().half(),
         text_encoder=fresh.clip,
         tokenizer=words,
