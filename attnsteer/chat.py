@@ -6,6 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+PLAIN_TEMPLATE = "USER: {image}\n{question} ASSISTANT:"
+"""For processors without a chat template: LLaVA-1.5's format."""
+
 
 def question_inputs(processor: Any, pictures: Sequence[Any], questions: Sequence[str]) -> Any:
     """The chat prompts of one question about each picture, as tensors, padded at their beginning.
@@ -24,7 +27,7 @@ def question_inputs(processor: Any, pictures: Sequence[Any], questions: Sequence
                 chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
             )
         mark = getattr(processor, "image_token", "<image>")
-        prompts = [f"USER: {mark}\n{question} ASSISTANT:" for question in questions]
+        prompts = [PLAIN_TEMPLATE.format(image=mark, question=question) for question in questions]
         return processor(text=prompts, images=list(pictures), return_tensors="pt", padding=True)
 
 

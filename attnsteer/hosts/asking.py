@@ -17,13 +17,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..chat import PLAIN_TEMPLATE
 from ..errors import SteeringError
 from .decoders import core
 from .vlm_families import PER_TOKEN, padding_id, vision_tokens
 
 Pictures = tuple[Image.Image, ...]
-PLAIN_TEMPLATE = "USER: {image}\n{question} ASSISTANT:"
-"""For processors without a chat template: LLaVA-1.5's format."""
 
 
 @dataclass(frozen=True, eq=False)
