@@ -94,7 +94,8 @@ def _add_evaluate(commands: Any) -> None:
     add("model", type=_name, metavar=names, help="which (world-sd3 or, for short, sd3); all: those that are there")
     add("--folder", metavar="PATH", help="a model of that kind instead of the embedded one")
     add("--count", type=positive, help="scenes for llava (default: 200) and judge (default: 2000)")
-    add("--per-category", type=positive, default=4, help="prompts of each kind and category (default: 4)")
+    each = "prompts of each kind and category, of one object four times as many (default: 4)"
+    add("--per-category", type=positive, default=4, help=each)
     add("--num-steps", type=positive, default=20, help="denoising steps (default: 20)")
     add("--guidance-scale", type=finite, help="classifier-free guidance (default: what suits the model)")
     add("--sheet", metavar="FILE", help="PNG of some pictures; with all: a folder of them")

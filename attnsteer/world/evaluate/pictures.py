@@ -35,6 +35,8 @@ from attnsteer.world.judge import Judge
 from attnsteer.world.scenes import Scene
 
 SEED = 2_000_000_011  # apart from all that training draws from
+SINGLES = 4
+"""Times as many prompts of one object as of the other kinds: a share near 1 needs more pictures to be known as well."""
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
 
 
@@ -157,14 +159,15 @@ def evaluate_pictures(
 
     Args:
         folder: a pipeline with the classes of one of the shipped models.
-        per_category: prompts of each kind for each of the 28 core categories.
+        per_category: prompts of each kind for each of the 28 core categories; of one object `SINGLES` times as many.
         guidance: see `assets.call`; kinds: keys of `RIGHT`.
         sheet: where some of the pictures go, with their prompts (a PNG); progress: goes around the list of batches.
     Returns:
         the shares (0 to 1) of `shares`; pictures, steps, guidance and seconds_per_picture.
     """
     pipe = load(folder, device, dtype)
-    asked = [wish for kind in kinds for wish in wishes(kind, per_category)]
+    many = {"one": SINGLES * per_category}
+    asked = [wish for kind in kinds for wish in wishes(kind, many.get(kind, per_category))]
     start = time.perf_counter()
     pictures = paint(pipe, [wish.prompt for wish in asked], steps, guidance, seed=seed, progress=progress)
     seconds = (time.perf_counter() - start) / len(pictures)
