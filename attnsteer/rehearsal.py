@@ -9,7 +9,7 @@ rehearsal must use the noise, the steps and the prompts of the run to come, or i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,8 +22,9 @@ from .errors import SteeringError
 from .hosts.worlds import is_pipeline
 from .maps import otsu
 from .processor import Processor
-from .site import AttentionCall, Kind
+from .site import AttentionCall, Kind, Site
 from .spans import find_words
+from .steps import StepEnd
 from .where import Where
 
 LEVEL = 2
@@ -32,7 +33,7 @@ LEVEL = 2
 
 @dataclass(frozen=True)
 class _TextMaps(Processor):
-    """Sums the cross-attention maps of the conditional rows, ``(B, n, text keys)``, and changes nothing."""
+    """Sums the cross-attention maps of the conditional rows, ``(pictures, n, text keys)``, and changes nothing."""
 
     kinds: ClassVar[tuple[Kind, ...]] = ("cross",)
     reads_only: ClassVar = True
@@ -41,10 +42,16 @@ class _TextMaps(Processor):
     def react(self, call: AttentionCall) -> None:
         if call.spans is None or call.spans.grid is None or call.spans.grid[0] != 1:
             raise SteeringError(f"{call.site.name!r} has no image grid of one frame: maps of words are for pictures.")
-        rows = call.lanes["cond"]
-        found = probabilities(call, slice(None), slice(None))[rows].mean(1)
-        call.state["sum"] = found if "sum" not in call.state else call.state["sum"] + found
+        found = probabilities(call, slice(None), slice(None)).mean(1)
+        call.state.setdefault("step", found)  # of several passes in a step, the first is the conditional one
         call.state["grid"] = call.spans.grid
+
+    def after_step(self, states: Mapping[Site, dict[str, Any]], end: StepEnd) -> None:
+        for state in states.values():
+            if "step" in state:
+                found = state.pop("step")
+                found = found[end.conditional(found.shape[0])]
+                state["sum"] = found if "sum" not in state else state["sum"] + found
 
 
 def rehearse(
@@ -75,7 +82,7 @@ def rehearse(
         [_columns(pipe.tokenizer, prompt, word) for word in each] for prompt, each in zip(prompts, words, strict=True)
     ]
     reader = _TextMaps(where or Where())
-    with attach(pipe, variants=[[reader]] * len(prompts)) as steering:
+    with attach(pipe, reader) as steering:
         pipe(prompt=list(prompts), **{"output_type": "latent", **call})
         states = {site: state for site, state in steering.states(reader).items() if "sum" in state}
     if not states:

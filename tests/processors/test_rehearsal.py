@@ -17,8 +17,8 @@ PROMPTS = ["a dog", "a red car", "a dog and a red car"]
 WORDS = [["dog"], ["red car"], ["dog", "red car"]]
 
 
-def call(name: str, **options: object) -> dict[str, object]:
-    kwargs = pipelines.call_kwargs(name, 3, **options)
+def call(name: str, prompts: int = 3, **options: object) -> dict[str, object]:
+    kwargs = pipelines.call_kwargs(name, prompts, **options)
     kwargs.pop("prompt")
     return {**kwargs, "output_type": "latent"}
 
@@ -46,6 +46,14 @@ def test_masks_equal_those_of_the_captured_maps(name, cfg):
         best = torch.stack(scaled).argmax(0)
         for i, one in enumerate(scaled):
             assert torch.equal(masks[row][i].flatten(), otsu(one) & (best == i))
+
+
+@pytest.mark.parametrize("cfg", [True, False])
+def test_one_prompt_alone_has_the_masks_that_it_has_among_others(cfg):
+    pipe = pipelines.build("sd15")
+    (alone,) = rehearse(pipe, PROMPTS[2:], WORDS[2:], **call("sd15", 1, cfg=cfg))
+    among, _ = rehearse(pipe, PROMPTS[:0:-1], WORDS[:0:-1], **call("sd15", 2, cfg=cfg))
+    assert torch.equal(alone, among)
 
 
 def test_from_a_rehearsal_into_the_methods():
