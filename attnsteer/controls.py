@@ -26,17 +26,18 @@ from .site import AttentionCall, Kind, Site
 from .where import Where
 
 
-def shuffled(gradient: Tensor, seed: int, step: int) -> Tensor:
-    """The gradient with its elements in a random order, the same for every picture: equal norm, another direction."""
-    order = np.random.default_rng((seed, step)).permutation(gradient.numel())
-    return gradient.flatten()[torch.as_tensor(order, device=gradient.device)].view_as(gradient)
+def shuffled(move: Tensor, seed: int, step: int) -> Tensor:
+    """The move with its elements in a random order, the same for every picture: equal norm, another direction."""
+    order = np.random.default_rng((seed, step)).permutation(move.numel())
+    return move.flatten()[torch.as_tensor(order, device=move.device)].view_as(move)
 
 
 @dataclass(frozen=True)
 class Astray(Processor):
-    """A method that moves the latent, its gradients shuffled: as long and as many steps, in random directions.
+    """A method that moves the latent, its moves shuffled: in every step as far, in a random direction.
 
-    Refinement repeats as long as the method's own rule asks for it, so it mostly runs to its limit.
+    The method descends as it would, with all its refinement; then the latent goes as far elsewhere. So later steps may
+    find more to mend than with the method.
 
     Args:
         method: a processor with a loss on attention maps (Attend-and-Excite and its relatives).
@@ -71,8 +72,8 @@ class Astray(Processor):
         own = self.method.nursing() if self.method else None
         return replace(own, redirect=self._redirect) if own else None
 
-    def _redirect(self, gradient: Tensor, moment: Moment) -> Tensor:
-        return shuffled(gradient, self.seed, moment.index)
+    def _redirect(self, move: Tensor, moment: Moment) -> Tensor:
+        return shuffled(move, self.seed, moment.index)
 
 
 HEADS = ("random", "all", "rest")

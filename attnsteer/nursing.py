@@ -114,7 +114,7 @@ class Nursing:
             else only those of its words. Joint attention gives the words alone.
         velocity: instead of moving the latent, add this multiple of the gradient to the predicted velocity.
         level, finer: which layers are read where the user leaves it open, see ``map_layers``; None: all selected ones.
-        redirect: the gradient of one picture that is followed in place of its own; for controls.
+        redirect: what a picture's move in a step, refinement and update together, is replaced by; for controls.
     """
 
     groups: Groups
@@ -149,6 +149,7 @@ def descend(latent: Tensor, jobs: Sequence[Nursing], evaluate: Evaluate, moment:
         The new latents and the slopes of the last gradient pass of each row.
     """
     rows = list(range(len(jobs)))
+    start = latent
     slopes, gradient = evaluate(latent, rows)
     lagging = [r for r in rows if _lags(slopes[r], jobs[r], moment)]
     done = 0
@@ -163,7 +164,17 @@ def descend(latent: Tensor, jobs: Sequence[Nursing], evaluate: Evaluate, moment:
         # the published loop looks at what it measured before the update
         lagging = [r for r in lagging if done < jobs[r].rounds(moment.index) and _lags(measured[r], jobs[r], moment)]
     last = [r for r in rows if moment.index < jobs[r].stop and jobs[r].velocity is None]
-    return _move(latent, gradient, slopes, jobs, last, moment), slopes
+    return redirected(start, _move(latent, gradient, slopes, jobs, last, moment), jobs, moment), slopes
+
+
+def redirected(start: Tensor, end: Tensor, jobs: Sequence[Nursing], moment: Moment) -> Tensor:
+    """Where rows end whose job redirects the move from ``start`` to ``end``; the others end where they do."""
+    if not any(job.redirect for job in jobs):
+        return end
+    wide = compute_dtype(start)
+    moves = zip(start.to(wide), end.to(wide), jobs, strict=True)
+    turned = [a + job.redirect(b - a, moment) if job.redirect else b for a, b, job in moves]
+    return torch.stack(turned).to(end.dtype)
 
 
 def _lags(slope: Slope, job: Nursing, moment: Moment) -> bool:

@@ -43,10 +43,13 @@ def moved(name, pipe, method, **options):
         return generate(pipe, name, steps=1, cfg=False, **options) - plain
 
 
-def test_astray_moves_as_far_as_the_method(nursed):
-    """Its first update is the method's own gradient in another order, so the latent itself moves exactly as far."""
+@pytest.mark.parametrize("thresholds", [{}, {0: 2.0}], ids=["update", "refinement"])
+def test_astray_moves_as_far_as_the_method(nursed, thresholds):
+    """Its first move is the method's own in another order, so the latent itself moves exactly as far."""
     name, pipe = nursed
-    method = AttendAndExcite(subjects=WORDS, level=LEVEL[name], thresholds={}, scale_factor=1.0)
+    method = AttendAndExcite(
+        subjects=WORDS, level=LEVEL[name], thresholds=thresholds, scale_factor=1.0, max_refinement_steps=3
+    )
     seen = {}
     for arm in (method, Astray(method=method, seed=2)):
         latents = []

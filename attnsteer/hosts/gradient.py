@@ -131,18 +131,9 @@ class GradientPass:
         slopes = [self._slope(state, place, row) for place, row in enumerate(rows)]
         total = torch.stack([slope.loss for slope in slopes]).sum()
         gradient = torch.autograd.grad(total, z)[0] if total.requires_grad else torch.zeros_like(z)
-        gradient = self._redirected(gradient, rows)
         self.last = gradient if len(rows) == len(self.pictures) else self._merged(gradient, rows)
         self.count += 1
         return [slope._replace(loss=slope.loss.detach()) for slope in slopes], gradient
-
-    def _redirected(self, gradient: Tensor, rows: Sequence[int]) -> Tensor:
-        wanted = [self.plans[self.pictures[row]].nursing for row in rows]
-        turns = [nursing.redirect if nursing else None for nursing in wanted]
-        if not any(turns):
-            return gradient
-        pairs = zip(gradient, turns, strict=True)
-        return torch.stack([turn(own, self.moment) if turn else own for own, turn in pairs])
 
     def _merged(self, gradient: Tensor, rows: Sequence[int]) -> Tensor:
         return self.last.index_copy(0, torch.tensor(rows, device=gradient.device), gradient)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import NotReachedError, SteeringError
 from ..lanes import cfg_lanes
 from ..logits import compute_dtype
-from ..nursing import Moment, Nursing, descend
+from ..nursing import Moment, Nursing, descend, redirected
 from ..scheduler import Plan, Rows, row_of
 from . import denoisers
 from .base import Call, copy_nest, named_inputs, unwrap
@@ -205,7 +205,8 @@ def _push(jobs: Sequence[Nursing], gradient: Tensor, before: Tensor, inside: Ten
         return None
     wide = compute_dtype(before)
     weight = torch.tensor(factors, dtype=wide, device=before.device).view(-1, *[1] * (before.dim() - 1))
-    return torch.zeros_like(before, dtype=wide).index_copy(0, inside, weight * gradient.to(wide))
+    still = torch.zeros_like(before, dtype=wide)
+    return still.index_copy(0, inside, redirected(still[inside], weight * gradient.to(wide), jobs, at))
 
 
 def _same(given: Tensor, before: Tensor) -> bool:
