@@ -113,7 +113,7 @@ def test_settings_know_the_weights(clip: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("make", [Clip, PickScore, HPS, Aesthetic])
 def test_a_checkpoint_that_is_not_there_is_one_sentence(make: Any, tmp_path: Path) -> None:
-    with pytest.raises(SteeringError, match="cannot be loaded as part of an objective") as caught:
+    with pytest.raises(SteeringError, match="cannot be loaded to score pictures") as caught:
         make(str(tmp_path / "nowhere"))(PICTURES, PROMPTS)
     assert "\n" not in str(caught.value)
 
