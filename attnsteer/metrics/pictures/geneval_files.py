@@ -168,6 +168,16 @@ def detections(row: dict[str, Any]) -> list[Detection]:
     return [_detection(entry) for entry in given]
 
 
+def line(name: str, request: Mapping[str, Any], found: Sequence[Detection]) -> dict[str, Any]:
+    """One picture as a line of such a file."""
+    boxes = [
+        {"class": each.name, "box": list(each.box)}
+        | {part: getattr(each, part) for part in ("score", *LOOKS) if getattr(each, part) is not None}
+        for each in found
+    ]
+    return {"image": name, "metadata": dict(request), "detections": boxes}
+
+
 def _detection(given: Any) -> Detection:
     if not isinstance(given, dict) or not isinstance(given.get("class"), str):
         raise LineError(f"the detection {given!r} names no class")
