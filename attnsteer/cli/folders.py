@@ -135,15 +135,15 @@ def _named(folder: Path, asked: Sequence[Asked], variant: str | None) -> Folder:
             for file in _pictures(place):
                 found.add(Found(_shown(each.prompt, file.stem, each.subject), file))
     flat = _flat(_pictures(folder), known, found.problems)
-    variants = list(dict.fromkeys(each.variant for each in flat))
+    variants = list(dict.fromkeys(picture.variant for picture in flat))
     if variant is not None and slug(variant) not in variants:
         raise SteeringError(f"There is no variant {variant!r} in {str(folder)!r}; there are {', '.join(variants)}.")
     if variant is None and len(variants) > 1:
         there = ", ".join(name or "pictures without one" for name in variants)
         raise SteeringError(f"{str(folder)!r} holds several variants ({there}): choose one with --variant.")
-    for each in flat:
-        if variant is None or each.variant == slug(variant):
-            found.add(each)
+    for picture in flat:
+        if variant is None or picture.variant == slug(variant):
+            found.add(picture)
     return found
 
 

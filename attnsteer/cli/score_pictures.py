@@ -53,6 +53,7 @@ def add(commands: Any) -> None:
     add("--baseline", metavar="DIR", help="the other run, for paired differences, win rates and the size of the change")
     add("--baseline-variant", metavar="NAME", help="which of its variants")
     add("--masks", metavar="DIR", help="where the subjects are: pictures of the same names, white on the subject")
+    add("--baseline-masks", metavar="DIR", help="the same for the pictures of --baseline")
     add("--noise-seed", type=int, default=0, help="of the background that subjects get (default: 0)")
     _add_models(parser)
 
@@ -80,14 +81,14 @@ def run(given: argparse.Namespace) -> int:
     ours = folders.read(Path(given.images), asked, given.variant)
     theirs = folders.read(Path(given.baseline), asked, given.baseline_variant) if given.baseline else None
     problems = [*ours.problems, *(theirs.problems if theirs else ())]
-    lpips, found = _lpips(given), {}
+    lpips = _lpips(given)
     measures = _measures(given, lpips)
-    found = _looked(given, ours, measures, problems)
+    found = _looked(ours, given.images, given.masks, measures, problems)
     notes = [note for measure in measures for note in measure.notes]
     others: dict[str, Metric] = {}
     if theirs:
-        others = _looked(given, theirs, _measures(given, lpips), [])
-        found |= _changes(given, ours, theirs, lpips, problems)
+        others = _looked(theirs, given.baseline, given.baseline_masks, _measures(given, lpips), problems)
+        found |= _changes(ours, theirs, lpips, problems)
     skipped = {name: f"needs --{option}" for option, names in NEEDED.items() if not getattr(given, option)
                for name in names}  # fmt: skip
     skipped |= {name: _why(name) for measure in measures for name in measure.without}
@@ -97,8 +98,9 @@ def run(given: argparse.Namespace) -> int:
 def _check(given: argparse.Namespace) -> None:
     if given.blip and not given.clip:
         raise SteeringError("--blip only makes captions; --clip compares them with the prompts: give both.")
-    if given.baseline_variant and not given.baseline:
-        raise SteeringError("--baseline-variant names pictures of --baseline: give that too.")
+    idle = [name for name in ("variant", "masks") if getattr(given, f"baseline_{name}") and not given.baseline]
+    if idle:
+        raise SteeringError(f"--baseline-{idle[0]} is about the pictures of --baseline: give that too.")
     if given.dtype not in ("auto", "float32"):
         raise SteeringError(f"--dtype {given.dtype}: scores are made in float32.")
 
@@ -156,18 +158,19 @@ def _scores(given: argparse.Namespace, place: Any) -> list[Measure]:
     if given.hps:
         found.append(Each(HPS(given.hps, device=place), "hps", "cosine"))
     if given.aesthetic:
-        found.append(Each(Aesthetic(*given.aesthetic, device=place), "aesthetic", "linear head on the embedding"))
+        clip, head = given.aesthetic
+        found.append(Each(Aesthetic(clip, head, place), "aesthetic", "linear head on the embedding"))
     return found
 
 
 def _looked(
-    given: argparse.Namespace, folder: Folder, measures: Sequence[Measure], problems: list[str]
+    folder: Folder, root: str, masks: str | None, measures: Sequence[Measure], problems: list[str]
 ) -> dict[str, Metric]:
     """All metrics of a folder by name; each is made from the pictures of one prompt after the other."""
     from .generate import load_picture
 
     for pictures in folder.pictures.values():
-        shown = [_masked(given, each, problems) for each in pictures]
+        shown = [_masked(each, root, masks, problems) for each in pictures]
         opened = [load_picture(str(each.file)) for each in pictures]
         for measure in measures:
             try:
@@ -177,25 +180,22 @@ def _looked(
     return {metric.name: metric for measure in measures for metric in measure.metrics()}
 
 
-def _masked(given: argparse.Namespace, found: Found, problems: list[str]) -> Shown:
+def _masked(found: Found, root: str, masks: str | None, problems: list[str]) -> Shown:
     """What a picture shows, with its mask where there is one."""
     import numpy as np
 
     from .generate import load_picture
 
-    if not given.masks:
+    if not masks:
         return found.shown
-    root = next(folder for folder in (given.images, given.baseline) if folder and Path(folder) in found.file.parents)
-    file = (Path(given.masks) / found.file.relative_to(root)).with_suffix(".png")
+    file = (Path(masks) / found.file.relative_to(root)).with_suffix(".png")
     if not file.exists():
         problems.append(f"{found.file}: there is no mask {file}")
         return found.shown
     return replace(found.shown, mask=np.asarray(load_picture(str(file)).convert("L")) >= 128)
 
 
-def _changes(
-    given: argparse.Namespace, ours: Folder, theirs: Folder, lpips: Any, problems: list[str]
-) -> dict[str, Metric]:
+def _changes(ours: Folder, theirs: Folder, lpips: Any, problems: list[str]) -> dict[str, Metric]:
     """The distances to the pictures of the other run."""
     from ..metrics.pictures.measures import Changed
     from .generate import load_picture
@@ -243,8 +243,8 @@ def _report(
         effect = summary.difference(found[name], metric, **drawn) if name in found else None
         if effect is not None:
             rows[name]["difference"] = effect
-    settings = {name: getattr(given, name) for name in ("images", "variant", "baseline", "baseline_variant", "masks")}
-    settings = {name: value for name, value in settings.items() if value is not None}
+    names = ("images", "variant", "masks", "baseline", "baseline_variant", "baseline_masks")
+    settings = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
     settings |= {"noise_seed": given.noise_seed, "literal": given.literal}
     bad = list(dict.fromkeys(problems))
     if given.records:
@@ -257,7 +257,9 @@ def _report(
     else:
         print(f"{given.benchmark}: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
         print(_table(rows, given.level))
-        for note in [*notes, *(f"skipped {name}: {why}" for name, why in skipped.items())]:
+        for why in dict.fromkeys(skipped.values()):
+            print(f"skipped, {why}: {', '.join(name for name in skipped if skipped[name] == why)}")
+        for note in notes:
             print(note)
     return tables.complain(given, bad)
 

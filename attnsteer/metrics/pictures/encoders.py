@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from enum import Enum
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from PIL.Image import Resampling
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -80,17 +81,10 @@ class Encoders:
 def preprocessing(processor: Any) -> dict[str, Any]:
     """Sizes, crop, resize filter and normalisation of a picture processor of transformers, as far as it says."""
     names = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_normalize", "image_mean", "image_std")
-    values = {name: getattr(processor, name, None) for name in names}
-    return {name: _plain(value) for name, value in values.items() if value is not None}
-
-
-def _plain(value: Any) -> Any:
-    """Enumerations by name, sizes as dictionaries of what they have."""
-    if isinstance(value, Enum):
-        return value.name.lower()
-    if hasattr(value, "keys"):
-        return {key: value[key] for key in value if value[key] is not None}
-    return list(value) if isinstance(value, (list, tuple)) else value
+    values = json.loads(processor.to_json_string())
+    if isinstance(values.get("resample"), int):
+        values["resample"] = Resampling(values["resample"]).name.lower()
+    return {name: values[name] for name in names if values.get(name) is not None}
 
 
 @lru_cache(maxsize=4)

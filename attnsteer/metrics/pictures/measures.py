@@ -20,8 +20,7 @@ import numpy as np
 from PIL import Image
 
 from . import agreement, pixels
-from .geneval import chosen
-from .judged import RULES, detections, presence
+from .judged import detections, presence
 from .sets import consistency, diversity, on_noise
 from .templates import filled, parts
 
@@ -259,8 +258,7 @@ class Present(Measure):
         if not asked:
             self._unknown.append(shown[0].prompt)
             return
-        seen = [chosen(found, "", RULES) for found in detections(self.judge, pictures)]
-        said = [presence(asked, [box for boxes in each.values() for box in boxes]) for each in seen]
+        said = [presence(asked, seen) for seen in detections(self.judge, pictures)]
         columns = {"objects": "objects", "all_objects": "all", "only_objects": "only"}
         for name, part in columns.items():
             self._metrics[name].add_each(shown, [getattr(each, part) for each in said])

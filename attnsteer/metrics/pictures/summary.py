@@ -47,8 +47,8 @@ def difference(
     keys = paired_keys(ours, theirs)
     if not keys:
         return None
-    tables = [{"": _ratio(metric, keys)} for metric in (ours, theirs)]
-    effect = asdict(ratio_differences(*tables, draws, level, seed)[""])
+    mine, other = ({"": _ratio(metric, keys)} for metric in (ours, theirs))
+    effect = asdict(ratio_differences(mine, other, draws, level, seed)[""])
     wins = win_rate([ours.values[key] for key in keys], [theirs.values[key] for key in keys], ours.better)
     return {**{name: effect[name] for name in EFFECT}, "win_rate": wins, "pairs": len(keys)}
 
