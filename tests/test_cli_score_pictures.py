@@ -120,6 +120,7 @@ def test_every_model_from_folders(tmp_path: Path, capsys: Capture) -> None:
     found, rows = values(report), report["metrics"]
     assert found["hps"] == pytest.approx(found["clip_cosine"], abs=1e-5)
     assert found["pickscore"] == pytest.approx(np.exp(3.0) * found["clip_cosine"], rel=1e-4)
+    assert rows["pickscore"]["backbone"]["preprocessing"] == rows["clip_i"]["backbone"]["preprocessing"]
     assert rows["clip_cosine"]["images"] == 9 and rows["minimum_object"]["images"] == 6
     assert rows["clip_i"]["values"] == 3 and rows["clip_i"]["images"] == 6 and rows["clip_i"]["prompts"] == 2
     assert rows["clip_diversity"]["values"] == 3
@@ -226,6 +227,15 @@ def test_one_folder_a_prompt(tmp_path: Path) -> None:
     assert found.pictures["a dog"][0].shown.subject == ("pet", "12")
     touch(tmp_path, "a dog/5.png")
     assert "the same prompt and seed" in folders.read(tmp_path, asked).problems[0]
+
+
+def test_prompts_with_the_same_file_names_need_folders(tmp_path: Path) -> None:
+    long = "a dog " * 60
+    touch(tmp_path, "a dog!/1.png", "a dog?/2.png", "a-dog-0.png", f"{file_name(long)}-4.png")
+    found = folders.read(tmp_path, [folders.Asked(prompt) for prompt in ("a dog!", "a dog?", long)])
+    assert [[each.shown.seed for each in pictures] for pictures in found.pictures.values()] == [["1"], ["2"], ["4"]]
+    assert "'a dog!' has the file names of another prompt" in found.problems[0]
+    assert "a-dog-0.png: belongs to none of the prompts" in found.problems[1]
 
 
 def test_folders_of_geneval_bring_their_prompts(tmp_path: Path) -> None:

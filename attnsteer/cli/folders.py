@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,12 +127,15 @@ def _geneval(folder: Path, asked: Sequence[Asked] | None) -> Folder:
 
 
 def _named(folder: Path, asked: Sequence[Asked], variant: str | None) -> Folder:
-    found, known = Folder(), {file_name(each.prompt): each for each in asked}
-    if len(known) < len(asked):
-        raise SteeringError("Two prompts have the same file names: give one folder a prompt, named by it in full.")
+    found, known = Folder(), _by(file_name, asked)
+    single = [each.prompt for each in asked if file_name(each.prompt) not in known]
+    if single:
+        found.problems.append(f"{single[0]!r} has the file names of another prompt: only folders tell them apart")
+    inside = {place.name for place in folder.iterdir() if place.is_dir()}
     for each in asked:
-        for place in dict.fromkeys((folder / each.prompt, folder / file_name(each.prompt))):
-            for file in _pictures(place):
+        names = [each.prompt, *(name for name, other in known.items() if other is each)]
+        for name in dict.fromkeys(name for name in names if name in inside):
+            for file in _pictures(folder / name):
                 found.add(Found(_shown(each.prompt, file.stem, each.subject), file))
     flat = _flat(_pictures(folder), known, found.problems)
     variants = list(dict.fromkeys(picture.variant for picture in flat))
@@ -149,7 +152,7 @@ def _named(folder: Path, asked: Sequence[Asked], variant: str | None) -> Folder:
 
 def _flat(pictures: Sequence[Path], known: dict[str, Asked], problems: list[str]) -> list[Found]:
     """Pictures by the names that ``generate`` gives them; sheets are left out."""
-    labels = {slug(each.prompt): each for each in known.values()}
+    labels = _by(slug, list(known.values()))
     pattern = rf"(\d+)-\d+-(.+)-(?:seed-(\d+)|(\d+)-({'|'.join(map(re.escape, labels))}))"
     found, sheets, rest = [], set(), []
     for file in pictures:
@@ -178,6 +181,12 @@ def _flat(pictures: Sequence[Path], known: dict[str, Asked], problems: list[str]
         else:
             problems.append(f"{file}: belongs to none of the prompts")
     return found
+
+
+def _by(name: Callable[[str], str], asked: Sequence[Asked]) -> dict[str, Asked]:
+    """Prompts by the names that only one of them has."""
+    names = [name(each.prompt) for each in asked]
+    return {label: each for label, each in zip(names, asked, strict=True) if names.count(label) == 1}
 
 
 def _shown(prompt: str, seed: str, subject: str) -> Shown:

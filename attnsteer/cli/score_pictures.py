@@ -152,15 +152,15 @@ def _scores(given: argparse.Namespace, place: Any) -> list[Measure]:
     from ..metrics.pictures.measures import Each
     from ..search import HPS, Aesthetic, PickScore
 
-    found: list[Measure] = []
+    named: list[tuple[Any, str]] = []
     if given.pickscore:
-        found.append(Each(PickScore(given.pickscore, device=place), "pickscore", "exp(logit scale) cosine"))
+        named.append((PickScore(given.pickscore, device=place), "exp(logit scale) cosine"))
     if given.hps:
-        found.append(Each(HPS(given.hps, device=place), "hps", "cosine"))
+        named.append((HPS(given.hps, device=place), "cosine"))
     if given.aesthetic:
         clip, head = given.aesthetic
-        found.append(Each(Aesthetic(clip, head, place), "aesthetic", "linear head on the embedding"))
-    return found
+        named.append((Aesthetic(clip, head, place), "linear head on the embedding"))
+    return [Each(score, score.name, scale, {**score.settings, **score.encoders.described}) for score, scale in named]
 
 
 def _looked(
@@ -175,6 +175,8 @@ def _looked(
         for measure in measures:
             try:
                 measure.look(shown, opened)
+            except SteeringError:
+                raise
             except ValueError as error:
                 raise SteeringError(f"The pictures of {shown[0].prompt!r} cannot be measured: {error}") from error
     return {metric.name: metric for measure in measures for metric in measure.metrics()}

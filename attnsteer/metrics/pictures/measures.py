@@ -223,12 +223,12 @@ class Each(Measure):
     """Scores of single pictures by an objective of ``attnsteer.search`` or alike.
 
     Args:
-        score: has ``settings``, and gives ``{name: values}`` for pictures and prompts.
-        name: of its score; scale: what it is.
+        score: gives ``{name: values}`` for pictures and prompts.
+        name: of its score; scale: what it is; backbone: what the report says about its model.
     """
 
-    def __init__(self, score: Any, name: str, scale: str):
-        super().__init__([Metric(name, scale, "higher", dict(score.settings))])
+    def __init__(self, score: Any, name: str, scale: str, backbone: Mapping[str, Any]):
+        super().__init__([Metric(name, scale, "higher", backbone)])
         self.score, self.name = score, name
 
     def look(self, shown: Sequence[Shown], pictures: Sequence[Image.Image]) -> None:

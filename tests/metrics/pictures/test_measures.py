@@ -176,12 +176,10 @@ def test_encoders_get_a_few_pictures_at_once() -> None:
 
 def test_scores_of_objectives_keep_their_pictures() -> None:
     class Score:
-        settings = {"objective": "x"}  # noqa: RUF012
-
         def __call__(self, images: Sequence[Any], prompts: Sequence[str]) -> dict[str, list[float]]:
             return {"x": [float(np.asarray(i).mean()) + len(p) for i, p in zip(images, prompts, strict=True)]}
 
-    measure, count = Each(Score(), "x", "some"), CHUNK + 2
+    measure, count = Each(Score(), "x", "some", {"checkpoint": "fake"}), CHUNK + 2
     measure.look([Shown("abc", str(n)) for n in range(count)], [picture(n) for n in range(count)])
     wanted = {("abc", str(n)): np.asarray(picture(n)).mean() + 3 for n in range(count)}
     assert by_name(measure)["x"].values == pytest.approx(wanted)
