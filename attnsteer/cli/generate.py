@@ -179,14 +179,18 @@ def call_defaults(model: str, pipe: Any, guidance: float | None = None) -> dict[
 def out_file(given: argparse.Namespace) -> Path:
     """The file to write, checked before the long work."""
     if given.out is None:
-        words = re.sub(r"[^a-z0-9]+", "-", given.prompt[0].lower()).strip("-")[:60] or "picture"
-        return Path("outputs/generate") / f"{words}-{given.seed}.png"
+        return Path("outputs/generate") / f"{file_name(given.prompt[0])}-{given.seed}.png"
     out = Path(given.out)
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp", ".gif"):
         raise SteeringError(f"--out {given.out!r} is no picture file: let it end in .png, .jpg, .webp or .gif.")
     if out.is_dir():
         raise SteeringError(f"--out {given.out!r} is a folder.")
     return out
+
+
+def file_name(prompt: str) -> str:
+    """What the names of a prompt's files start with."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "picture"
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------

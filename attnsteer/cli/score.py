@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SteeringError
-from . import tables
-from .options import Run, command
+from . import score_geneval, score_pictures, tables
 
 if TYPE_CHECKING:
     from ..metrics.files import Rows
@@ -26,8 +25,9 @@ def add(subparsers: Any) -> None:
     examples = (
         "score chair --captions answers.jsonl --instances instances_val2014.json --captions-gt captions_val2014.json",
         "score pope --labels coco_pope_random.json --answers answers.jsonl",
+        "score pictures --prompts prompts.txt --images steered/ --baseline plain/ --clip openai/clip-vit-base-patch16",
     )
-    about = "Hallucination metrics of captions and answers, with bootstrap intervals over images."
+    about = "Metrics of captions and answers (hallucination) and of pictures, with bootstrap intervals."
     parser = subparsers.add_parser(
         "score",
         help=about,
@@ -36,21 +36,16 @@ def add(subparsers: Any) -> None:
         + "all take --seed, --device, --dtype and --json: see attnsteer score chair --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    names = "{chair,pope,amber,mme,hallusionbench}"
+    names = "{chair,pope,amber,mme,hallusionbench,pictures,geneval}"
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar=names)
-    for adding in (_add_chair, _add_pope, _add_amber, _add_mme, _add_hallusionbench):
-        adding(commands)
-
-
-def _benchmark(commands: Any, name: str, run: Run, help: str, examples: list[str]) -> argparse.ArgumentParser:
-    parser = command(commands, name, run, help, examples)
-    tables.add_options(parser)
-    return parser
+    adding = (_add_chair, _add_pope, _add_amber, _add_mme, _add_hallusionbench)
+    for add in (*adding, score_pictures.add, score_geneval.add):
+        add(commands)
 
 
 # ---- CHAIR -----------------------------------------------------------------------------------------------------------
 def _add_chair(commands: Any) -> None:
-    parser = _benchmark(
+    parser = tables.benchmark(
         commands,
         "chair",
         chair,
@@ -123,7 +118,7 @@ def _ground_truth(given: argparse.Namespace, vocabulary: Vocabulary) -> tuple[di
 
 # ---- POPE ------------------------------------------------------------------------------------------------------------
 def _add_pope(commands: Any) -> None:
-    parser = _benchmark(
+    parser = tables.benchmark(
         commands,
         "pope",
         pope,
@@ -196,7 +191,7 @@ def _named(paths: list[str], option: str) -> dict[str, str]:
 
 # ---- AMBER -----------------------------------------------------------------------------------------------------------
 def _add_amber(commands: Any) -> None:
-    parser = _benchmark(
+    parser = tables.benchmark(
         commands,
         "amber",
         amber,
@@ -261,7 +256,7 @@ def _safe_words(folder: Path) -> frozenset[str]:
 
 # ---- MME and HallusionBench ------------------------------------------------------------------------------------------
 def _add_mme(commands: Any) -> None:
-    parser = _benchmark(
+    parser = tables.benchmark(
         commands,
         "mme",
         mme,
@@ -285,7 +280,7 @@ def mme(given: argparse.Namespace) -> int:
 
 
 def _add_hallusionbench(commands: Any) -> None:
-    parser = _benchmark(
+    parser = tables.benchmark(
         commands,
         "hallusionbench",
         hallusionbench,

@@ -214,7 +214,7 @@ def write(taken: Iterator[Shot], tried: Sequence[Variant], out: Path) -> dict[st
     pictures = []
     for shot in taken:
         row = rows[id(shot.variant)]
-        name = f"{out.stem}-{list(rows).index(id(shot.variant))}-{_slug(shot.variant.name)}-{_slug(shot.title)}"
+        name = f"{out.stem}-{list(rows).index(id(shot.variant))}-{slug(shot.variant.name)}-{slug(shot.title)}"
         file = save(shot.image, out.with_name(name + out.suffix))
         row.append((shot.image if isinstance(shot.image, Image.Image) else _frames(shot.image)[0], shot.title))
         wanted = [described(processor) for processor in shot.variant.processors]
@@ -226,7 +226,8 @@ def write(taken: Iterator[Shot], tried: Sequence[Variant], out: Path) -> dict[st
     return {"files": [picture["file"] for picture in pictures], "sheet": str(out), "pictures": pictures}
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
+    """What names a variant or a title in the name of a file."""
     return re.sub(r"[^a-z0-9.]+|\.(?!\d)", "-", text.lower()).strip("-.")[:48]
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import finite, positive
+from .options import Run, command, finite, positive
 
 if TYPE_CHECKING:
     from ..metrics.scored import Scored
@@ -19,12 +19,18 @@ PLAIN = ("length", "words")  # numbers of words; all other ratios are shares
 SHOWN = 10  # bad lines
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """What all commands of ``score`` can do."""
+def benchmark(commands: Any, name: str, run: Run, help: str, examples: list[str]) -> argparse.ArgumentParser:
+    """A command of ``score``, with what all of them can do."""
+    parser = command(commands, name, run, help, examples)
+    _add_options(parser)
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("intervals and reports").add_argument
     add("--draws", type=positive, default=10_000, help="samples of the bootstrap (default: 10000)")
     add("--level", type=_level, default=0.95, help="of the intervals (default: 0.95)")
-    add("--records", metavar="FILE", help="write what was counted for each caption or question, as JSON lines")
+    add("--records", metavar="FILE", help="write what was counted for each caption, question or picture, as JSON lines")
     add("--strict", action="store_true", help="exit with 1 if a line could not be used or compared")
 
 
@@ -63,6 +69,11 @@ def report(
         print(json.dumps({**whole, **(extra or {}), "bad_lines": len(bad), "problems": bad}, indent=2))
     else:
         _print(given, settings, found, extra or {})
+    return complain(given, bad)
+
+
+def complain(given: argparse.Namespace, bad: Sequence[str]) -> int:
+    """Print what was wrong with the input; the exit code."""
     for problem in bad[:SHOWN]:
         print(f"attnsteer: {problem}", file=sys.stderr)
     if bad:

@@ -19,9 +19,9 @@ from types import CodeType
 from typing import Any
 
 from ..errors import SteeringError
+from ..metrics.pictures.encoders import Encoders, affine_head
+from ..metrics.pictures.weights import weights_of
 from ..plain import short
-from .encoders import Encoders, affine_head
-from .weights import weights_of
 
 Columns = dict[str, list[float]]
 Given = Callable[[Sequence[Any], Sequence[str]], Any]

@@ -14,11 +14,11 @@ from ..attach import attach, attached_to
 from ..errors import SteeringError
 from ..hosts.base import Call, intercept
 from ..hosts.worlds import is_pipeline
+from ..metrics.pictures.weights import plain_config, weights_of
 from ..plain import encode
 from ..processor import Processor
 from .hunter import Heads
 from .selection import where_of
-from .weights import plain_config, weights_of
 
 OWNED = ("prompt", "generator", "num_images_per_prompt", "num_inference_steps", "latents", "output_type", "return_dict")
 """Arguments of the pipeline that a search sets itself."""

@@ -15,7 +15,7 @@ from attnsteer.errors import SteeringError
 from attnsteer.search import HPS, Aesthetic, Clip, Colourfulness, Harmonic, PickScore, Thresholded, WorldJudge
 from attnsteer.search.objectives import objective_of
 from attnsteer.world import sampling, text
-from tests.tiny import tokenizers
+from tests.tiny import encoders
 
 PICTURES = [Image.fromarray(np.random.default_rng(n).integers(0, 256, (40, 56, 3), np.uint8)) for n in range(3)]
 PROMPTS = ["a dog", "a red car on the grass", "a dog"]
@@ -25,26 +25,8 @@ PROMPTS = ["a dog", "a red car on the grass", "a dog"]
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny CLIP model with tokenizer and picture preprocessing, and a head for it."""
     from safetensors.torch import save_file
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-    place = tmp_path_factory.mktemp("clip")
-    tokenizer = tokenizers.clip()
-    shared = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    words = {"vocab_size": len(tokenizer), "max_position_embeddings": 16, "eos_token_id": tokenizer.eos_token_id}
-    config = CLIPConfig(
-        text_config={**shared, **words, "bos_token_id": tokenizer.bos_token_id},
-        vision_config={**shared, "image_size": 32, "patch_size": 8},
-        projection_dim=12,
-    )
-    torch.manual_seed(1)
-    model = CLIPModel(config).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(3)
-    model.logit_scale.data.fill_(3.0)
-    model.save_pretrained(place)
-    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(images, tokenizer).save_pretrained(place)
+    place = encoders.clip(tmp_path_factory.mktemp("clip"))
     layers = {"layers.0": (5, 12), "layers.2": (3, 5), "layers.10": (1, 3)}
     state = {f"{name}.weight": torch.randn(shape) for name, shape in layers.items()}
     state |= {f"{name}.bias": torch.randn(shape[0]) for name, shape in layers.items()}
@@ -113,7 +95,7 @@ def test_settings_know_the_weights(clip: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("make", [Clip, PickScore, HPS, Aesthetic])
 def test_a_checkpoint_that_is_not_there_is_one_sentence(make: Any, tmp_path: Path) -> None:
-    with pytest.raises(SteeringError, match="cannot be loaded as part of an objective") as caught:
+    with pytest.raises(SteeringError, match="cannot be loaded to score pictures") as caught:
         make(str(tmp_path / "nowhere"))(PICTURES, PROMPTS)
     assert "\n" not in str(caught.value)
 

@@ -1,7 +1,8 @@
-"""What built-in objectives rest on: embeddings of transformers' CLIP models, and the head of an aesthetic predictor."""
+"""Embeddings of transformers' CLIP models, and the head of an aesthetic predictor: what scores of pictures rest on."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -9,10 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from PIL.Image import Resampling
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import SteeringError
+from ...errors import SteeringError
 from .weights import weights_of
 
 T = TypeVar("T")
@@ -37,6 +39,12 @@ class Encoders:
         return {"checkpoint": self.checkpoint, "processor": self.processor, "weights": weights_of(self._loaded[0])}
 
     @property
+    def described(self) -> dict[str, Any]:
+        """The settings for a report, with how pictures are made ready."""
+        processor = self._loaded[1]
+        return {**self.settings, "dtype": "float32", "preprocessing": preprocessing(processor.image_processor)}
+
+    @property
     def scale(self) -> float:
         """The factor on cosines that the model learned."""
         return float(self._loaded[0].logit_scale.detach().exp())
@@ -49,21 +57,34 @@ class Encoders:
         pooled = model.vision_model(pixel_values=pixels["pixel_values"]).pooler_output
         return F.normalize(model.visual_projection(pooled).float(), dim=-1)
 
-    @torch.no_grad()
     def texts(self, given: Sequence[str]) -> Tensor:
         """``(n, width)``; longer texts are cut."""
-        model, processor = self._loaded
         for text in dict.fromkeys(given):
             if text not in self._texts:
-                limit = model.config.text_config.max_position_embeddings
-                tokens = processor(text=[text], truncation=True, max_length=limit, return_tensors="pt").to(self.device)
-                pooled = model.text_model(**tokens).pooler_output
-                self._texts[text] = F.normalize(model.text_projection(pooled).float(), dim=-1)[0]
+                self._texts[text] = self.encode([text])[0]
         return torch.stack([self._texts[text] for text in given])
+
+    @torch.no_grad()
+    def encode(self, given: Sequence[str]) -> Tensor:
+        """The same in one batch, and not kept: for many texts that are only asked for once."""
+        model, processor = self._loaded
+        limit = model.config.text_config.max_position_embeddings
+        how = {"truncation": True, "padding": len(given) > 1, "max_length": limit, "return_tensors": "pt"}
+        pooled = model.text_model(**processor(text=list(given), **how).to(self.device)).pooler_output
+        return F.normalize(model.text_projection(pooled).float(), dim=-1)
 
     @property
     def _loaded(self) -> tuple[Any, Any]:
         return _load(self.checkpoint, self.processor, self.device)
+
+
+def preprocessing(processor: Any) -> dict[str, Any]:
+    """Sizes, crop, resize filter and normalisation of a picture processor of transformers, as far as it says."""
+    names = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_normalize", "image_mean", "image_std")
+    values = json.loads(processor.to_json_string())
+    if isinstance(values.get("resample"), int):
+        values["resample"] = Resampling(values["resample"]).name.lower()
+    return {name: values[name] for name in names if values.get(name) is not None}
 
 
 @lru_cache(maxsize=4)
@@ -71,13 +92,13 @@ def _load(checkpoint: str, processor: str, device: str) -> tuple[Any, Any]:
     """Objectives with the same model share it."""
     from transformers import CLIPModel, CLIPProcessor
 
-    model = _readable(checkpoint, lambda: CLIPModel.from_pretrained(checkpoint, dtype=torch.float32))
-    return model.to(device).eval(), _readable(processor, lambda: CLIPProcessor.from_pretrained(processor))
+    model = readable(checkpoint, lambda: CLIPModel.from_pretrained(checkpoint, dtype=torch.float32))
+    return model.to(device).eval(), readable(processor, lambda: CLIPProcessor.from_pretrained(processor))
 
 
 def affine_head(source: str) -> tuple[Tensor, Tensor]:
     """Linear layers without activations between them as one: weight ``(width,)`` and bias, in float64."""
-    state = _readable(source, lambda: _state(source))
+    state = readable(source, lambda: _state(source))
     found = [re.fullmatch(r"layers\.(\d+)\.weight", name) for name in state]
     numbers = sorted(int(match[1]) for match in found if match)
     if not numbers:
@@ -107,7 +128,7 @@ def _state(source: str) -> Mapping[str, Tensor]:
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _readable(source: str, read: Callable[[], T]) -> T:
+def readable(source: str, read: Callable[[], T]) -> T:
     """The result of ``read``; what the libraries raise about files becomes one sentence."""
     import pickle
 
@@ -121,4 +142,4 @@ def _readable(source: str, read: Callable[[], T]) -> T:
         raise
     except (*kinds, pickle.UnpicklingError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SteeringError(f"{source!r} cannot be loaded as part of an objective: {reason}") from error
+        raise SteeringError(f"{source!r} cannot be loaded to score pictures: {reason}") from error
