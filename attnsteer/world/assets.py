@@ -11,7 +11,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "StableDiffusionPipeline": {"guidance_scale": 1.0, "height": 64, "width": 64},
     "StableDiffusion3Pipeline": {"guidance_scale": 3.0, "max_sequence_length": 1},
     "FluxPipeline": {
-        "true_cfg_scale": 5.5,
+        "true_cfg_scale": 4.0,
         "negative_prompt": "",
         "height": 64,
         "width": 64,
