@@ -13,16 +13,22 @@ from .run import Comparison
 from .samples import Sample
 from .store import Entry
 from .tables import MARK, TITLES, groups, notes, table
-from .tasks import Task, marked
+from .tasks import Task, marked, wrong
 
 EXAMPLES = 12
 """Pictures of each task that are shown."""
 SIDE = 224  # pixels
+LEGENDS = {
+    "chair": "Objects named: <mark>there</mark>, <mark class='made-up'>made up</mark>.",
+    "pope": "Answers that are <mark class='made-up'>wrong</mark> are marked.",
+}
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #141418; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; font-size: 14px; }
-th, td { border-bottom: 1px solid #d6d6da; padding: .3rem .7rem; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #141418; margin: 2rem auto; max-width: 80rem; padding: 0 1rem; }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; font-size: 13px; }
+th, td { border-bottom: 1px solid #d6d6da; padding: .3rem .45rem; text-align: right; white-space: nowrap; }
+th { vertical-align: bottom; white-space: normal; }
+.name { text-align: left; }
+.next td { border-top: 2px solid #a8a8b0; }
 .wide { overflow-x: auto; }
 .notes { color: #6e6e78; margin: .2rem 0; }
 .marked { font-weight: 600; }
@@ -47,10 +53,10 @@ def page(comparison: Comparison, results: Results, plots: Mapping[str, bytes]) -
         found = results["tasks"][task.name]
         parts.append(f"<h2>{html.escape(TITLES.get(task.name, task.name))}</h2>")
         if found["groups"]:
-            parts.append(_table(*table(results, task.name)))
+            parts.append(_table(*table(results, task.name), names=1))
         parts += [f'<p class="notes">{html.escape(line)}</p>' for line in notes(results, task.name)]
         headings, rows = groups(results, task.name)
-        parts += [_table(headings, rows)] if rows else []
+        parts += [_table(headings, rows, names=2)] if rows else []
         parts.append('<div class="plots">')
         parts += [_plot(name, plots[name]) for name in plots if name.startswith(task.name)]
         parts.append("</div>")
@@ -64,14 +70,24 @@ def page(comparison: Comparison, results: Results, plots: Mapping[str, bytes]) -
     )
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in headings)
-    body = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], names: int) -> str:
+    """Rows whose first ``names`` columns are names; of several, the first is said once for all rows that share it."""
+    head = "".join(_cell("th", cell, number < names) for number, cell in enumerate(headings))
+    body, before = [], ""
+    for row in rows:
+        same = names > 1 and row[0] == before
+        cells = ["" if same else row[0], *row[1:]]
+        kind = ' class="next"' if names > 1 and before and not same else ""
+        body.append(f"<tr{kind}>{''.join(_cell('td', cell, n < names) for n, cell in enumerate(cells))}</tr>")
+        before = row[0]
+    lines = "\n".join(body)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{lines}</tbody></table></div>'
 
 
-def _cell(text: str) -> str:
-    return f'<td class="marked">{html.escape(text)}</td>' if text.endswith(MARK) else f"<td>{html.escape(text)}</td>"
+def _cell(tag: str, text: str, name: bool) -> str:
+    kind = "name" if name else "marked" if text.endswith(MARK) else ""
+    inside = f'{tag} class="{kind}"' if kind else tag
+    return f"<{inside}>{html.escape(text)}</{tag}>"
 
 
 def _plot(name: str, content: bytes) -> str:
@@ -89,7 +105,7 @@ def _examples(comparison: Comparison, task: Task) -> list[str]:
     shown = chosen(answers)
     if not shown:
         return []
-    legend = "What the methods say differently: <mark>there</mark>, <mark class='made-up'>made up</mark>."
+    legend = f"Where the methods differ most. {LEGENDS.get(task.name, '')}"
     return [f"<h3>Examples</h3><p class='notes'>{legend}</p>"] + [
         _example(comparison, samples[name], answers[name]) for name in shown
     ]
@@ -113,7 +129,8 @@ def _example(comparison: Comparison, sample: Sample, entries: Sequence[Entry]) -
         f'<p><span class="method">{html.escape(method.label)}</span><br>{highlighted(entry)}</p>'
         for method, entry in zip(comparison.methods, entries, strict=True)
     )
-    about = f"<p><strong>{html.escape(sample.prompt)}</strong><br>{html.escape(', '.join(sample.truth))}</p>"
+    truth = html.escape(f"truth: {', '.join(sample.truth)}")
+    about = f'<p><strong>{html.escape(sample.prompt)}</strong><br><span class="notes">{truth}</span></p>'
     picture = f'<img alt="{html.escape(sample.image)}" src="{_picture(sample)}">'
     return f'<div class="example">{picture}<div>{about}{said}</div></div>'
 
@@ -127,10 +144,11 @@ def _picture(sample: Sample) -> str:
 
 
 def highlighted(entry: Entry) -> str:
-    """An answer with its objects marked."""
+    """An answer with its objects marked; of a question the whole answer where it is wrong."""
     text, parts, place = entry["output"], [], 0
     for start, end, made_up in marked(entry["counts"]):
         kind = ' class="made-up"' if made_up else ""
         parts += [html.escape(text[place:start]), f"<mark{kind}>{html.escape(text[start:end])}</mark>"]
         place = end
-    return "".join([*parts, html.escape(text[place:])]) or "<em>(nothing)</em>"
+    said = "".join([*parts, html.escape(text[place:])]) or "<em>(nothing)</em>"
+    return f'<mark class="made-up">{said}</mark>' if wrong(entry["counts"]) else said

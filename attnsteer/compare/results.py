@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from ..metrics.pope import SPLITS
 from ..metrics.statistics import RatioEffect, ratio_differences, ratio_intervals
 from .methods import Method, plain
 from .run import Comparison
@@ -58,8 +59,10 @@ def complete(comparison: Comparison, task: Task) -> dict[str, list[Entry]]:
 
 
 def grouped_samples(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
-    """Everything together, where a sample counts once for each of its groups, and then every group."""
-    names = list(dict.fromkeys(group for sample in samples for group in sample.groups))
+    """Everything together, where a sample counts once for each of its groups, and then every group: POPE's splits in
+    their order, others by name."""
+    found = {group for sample in samples for group in sample.groups}
+    names = sorted(found, key=lambda name: (SPLITS.index(name) if name in SPLITS else len(SPLITS), name))
     everything = [sample for sample in samples for _ in sample.groups or ("",)]
     parts = {name: [sample for sample in samples if name in sample.groups] for name in names}
     return {ALL: everything} | (parts if len(parts) > 1 else {})
