@@ -50,6 +50,7 @@ class Magnified:
         heat: ``(H, W)`` float64, the importance of every pixel.
         mask: ``(H, W)`` bool, what was kept; the box where the method has no mask.
         attention: ``(rows, columns)`` float64, the map on the grid of image tokens.
+        tokens: of the answer, the one that ends it included.
     """
 
     answer: str
@@ -58,6 +59,7 @@ class Magnified:
     heat: NDArray[Any]
     mask: NDArray[Any]
     attention: Tensor
+    tokens: list[int]
 
 
 class GeneralLooks:

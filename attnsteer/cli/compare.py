@@ -139,14 +139,16 @@ def parsed(text: str, model: str = WORLD) -> Method:
 def _processor(text: str, model: str) -> Processor:
     """``vhr:alpha=2,layers=4:8``; a comma that begins no parameter belongs to the value before it."""
     from ..config import processor_from_dict
+    from ..processors import get
 
     title, _, rest = text.partition(":")
     name = named(title.strip())
+    known = parameters_of(name)  # CARVE has steps of its own
     where: dict[str, str | None] = dict.fromkeys(("layers", "heads", "steps"))
     found: dict[str, Any] = {}
     for part in re.split(r",(?=\s*[A-Za-z_]\w*=)", rest) if rest else []:
         key, equals, value = part.strip().partition("=")
-        if equals and key in where:
+        if equals and key in where and key not in known:
             where[key] = value
         else:
             found |= [parameter(part.strip(), "--method")]
@@ -154,7 +156,8 @@ def _processor(text: str, model: str) -> Processor:
         if "where" in found:
             raise SteeringError("where=... and layers, heads, steps say the same thing: give one.")
         found["where"] = selection(**where)
-    fitting = {k: v for k, v in EMBEDDED.get(model, {}).items() if k in parameters_of(name)}
+    own_words = {"suffix": ""} if get(name).call else {}  # all methods are asked in the task's words
+    fitting = {k: v for k, v in (own_words | EMBEDDED.get(model, {})).items() if k in known}
     return processor_from_dict({"processor": name, "parameters": fitting | found})
 
 
