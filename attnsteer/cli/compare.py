@@ -63,6 +63,7 @@ def add(subparsers: Any) -> None:
     add("--max-new-tokens", type=positive, help=tokens)
     add("--draws", type=positive, default=10_000, help="samples of the bootstrap (default: 10000)")
     add("--verify-batch", type=positive, metavar="K", help="ask K samples of each task again, alone: how many change")
+    add("--no-maps", action="store_true", help="no heat maps of where the plain model looks in the report's examples")
     add("--output", default="outputs/compare", metavar="DIR", help="for answers and report (default: outputs/compare)")
     group = parser.add_argument_group("real pictures")
     add = group.add_argument
@@ -74,7 +75,7 @@ def add(subparsers: Any) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    from ..compare import Answerer, Answers, Comparison, report, with_controls
+    from ..compare import Answerer, Answers, Comparison, Looks, report, with_controls
     from ..compare.results import results
 
     methods = with_controls([parsed(text, given.model) for text in given.method or METHODS], given.controls, given.seed)
@@ -101,7 +102,8 @@ def run(given: argparse.Namespace) -> int:
         if given.verify_batch:
             sizes = {task.name: min(given.verify_batch, len(task.samples)) for task in wanted}
             found["verified"] = {**comparison.verify(given.verify_batch, given.seed), "samples": sizes}
-        files = report.write(comparison, found, folder)
+        looks = None if given.no_maps else Looks(folder, comparison.answerer)
+        files = report.write(comparison, found, folder, looks)
     finally:
         answers.close()
     _say(given, comparison, found, files, errors)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from attnsteer.compare import results
 from attnsteer.compare import tasks as kinds
-from attnsteer.compare.page import chosen, highlighted
+from attnsteer.compare.examples import chosen, highlighted
 from attnsteer.compare.report import write
 
 from .common import Parrot, comparison, tasks
