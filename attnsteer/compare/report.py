@@ -5,14 +5,19 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from ..errors import SteeringError
 from . import page, tables
 from .answered import Answered
 from .files import put
 from .looks import Looks
 from .plots import plots
 from .results import Results
+
+PLAN = "comparison.json"
 
 
 def write(comparison: Answered, results: Results, folder: Path, looks: Looks | None = None) -> list[Path]:
@@ -47,6 +52,27 @@ def note_samples(comparison: Answered, folder: Path) -> None:
     """samples.json: the ids of what is asked, by task."""
     ids = {task.name: [sample.id for sample in task.samples] for task in comparison.tasks}
     put(folder / "samples.json", (json.dumps(ids, indent=1) + "\n").encode())
+
+
+def note_plan(comparison: Answered, arguments: Mapping[str, Any], folder: Path) -> None:
+    """comparison.json: what the comparison was started with, and under which settings its answers are kept."""
+    plan = {"arguments": dict(arguments), "runs": comparison.runs}
+    put(folder / PLAN, (json.dumps(plan, indent=1) + "\n").encode())
+
+
+def planned(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The arguments and, for each task, the hash of settings that ``note_plan`` wrote.
+
+    Raises:
+        SteeringError: no comparison was started there.
+    """
+    try:
+        plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        return dict(plan["arguments"]), dict(plan["runs"])
+    except FileNotFoundError:
+        raise SteeringError(f"{str(folder)!r} holds no {PLAN}: no comparison was started there.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise SteeringError(f"{folder / PLAN} is not what a comparison writes: start the comparison again.") from error
 
 
 def made_up(comparison: Answered) -> dict[str, dict[str, int]]:
