@@ -94,9 +94,10 @@ class CARVE(Processor):
         question: str,
         template: str | None = None,
         memory: GeneralLooks | None = None,
+        limit: int | None = None,
     ) -> Magnified:
         """The answer to one question about a picture; see ``answers``."""
-        return self.answers(model, hf_processor, [picture], [question], template, memory)[0]
+        return self.answers(model, hf_processor, [picture], [question], template, memory, limit)[0]
 
     def answers(
         self,

@@ -90,7 +90,7 @@ def run(given: argparse.Namespace) -> int:
     if given.merge:
         return merged(given)
     methods, wanted = arms(given), tasks(given)
-    model, processor = models.load(given.model, _device(given.device), given.dtype)
+    model, processor = models.load(given.model, local_device(given.device), given.dtype)
     if processor is None:
         raise SteeringError(f"{given.model!r} makes pictures: a comparison needs a model that answers questions.")
     rank, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -160,7 +160,7 @@ def _plain(value: Any) -> Any:
     return str(value.resolve()) if isinstance(value, Path) else value
 
 
-def _device(wanted: str) -> str:
+def local_device(wanted: str) -> str:
     """The GPU of this process, where there are several processes and the user does not say otherwise."""
     import torch
 
