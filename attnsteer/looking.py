@@ -44,22 +44,21 @@ class Magnified:
     """An answer from a picture and the part of it that the question is about.
 
     Attributes:
-        answer: the final answer.
+        answer: the final answer; tokens: its ids, the one that ends it included.
         refined: the part, as it was shown to the model.
         box: where it is in the picture, (left, top, right, bottom) in pixels.
         heat: ``(H, W)`` float64, the importance of every pixel.
         mask: ``(H, W)`` bool, what was kept; the box where the method has no mask.
         attention: ``(rows, columns)`` float64, the map on the grid of image tokens.
-        tokens: of the answer, the one that ends it included.
     """
 
     answer: str
+    tokens: list[int]
     refined: Image.Image
     box: tuple[int, int, int, int]
     heat: NDArray[Any]
     mask: NDArray[Any]
     attention: Tensor
-    tokens: list[int]
 
 
 class GeneralLooks:

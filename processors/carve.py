@@ -135,7 +135,7 @@ class CARVE(Processor):
         ]
         final = [(p, f[0]) if self.final_images == "both" else (f[0],) for p, f in zip(pictures, found, strict=True)]
         said = greedy(model, batch(model, hf_processor, final, asked, template), limit or self.max_new_tokens)
-        return [Magnified(words(hf_processor, tokens), *f, tokens) for tokens, f in zip(said, found, strict=True)]
+        return [Magnified(words(hf_processor, tokens), tokens, *f) for tokens, f in zip(said, found, strict=True)]
 
     def refine(
         self, picture: Image.Image, question: Look, general: Look, area: Sequence[float] | None = None

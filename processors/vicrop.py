@@ -141,7 +141,7 @@ class ViCrop(Processor):
         heat = to_pixels(attention, picture.size, area)
         mask = np.zeros(heat.shape, dtype=bool)
         mask[box[1] : box[3], box[0] : box[2]] = True
-        return Magnified(words(hf_processor, tokens), crop, box, heat, mask, attention, tokens)
+        return Magnified(words(hf_processor, tokens), tokens, crop, box, heat, mask, attention)
 
     def answers(
         self,

@@ -154,7 +154,7 @@ def merged(given: argparse.Namespace) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """An argument as JSON has it, files from everywhere."""
+    """An argument as JSON has it; files by their whole path."""
     if isinstance(value, list):
         return [_plain(each) for each in value]
     return str(value.resolve()) if isinstance(value, Path) else value

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -44,11 +43,7 @@ class Answerer:
 
     def __init__(self, model: Any, processor: Any):
         self.model, self.processor = model, processor
-
-    @cached_property
-    def digest(self) -> str:
-        """A hash of the model, made where answers are kept: it reads every weight."""
-        return model_digest(self.model, self.processor)
+        self.digest = model_digest(model, processor)
 
     def settings(self, max_new_tokens: int) -> dict[str, Any]:
         """Everything that an answer depends on besides question and method."""

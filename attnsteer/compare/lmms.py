@@ -10,8 +10,9 @@ lmms-eval finds ``manifest`` by the entry-point group ``lmms_eval.models``; it i
 generate from one picture a request are answered, greedily; sampling, beams, several pictures, videos and tasks that
 compare likelihoods are refused.
 
-Written from the sources of lmms-eval 0.7.3 (registry, base class, requests, ``--model_args``). The tests run it with a
-stand-in of the base class and with the embedded model; a whole evaluation by lmms-eval was not run.
+Tried with lmms-eval 0.7.3: its registry finds the class by the manifest, its base class makes it from ``--model_args``,
+and its requests are answered by the embedded model. The tests use stand-ins for these. Not tried: a whole evaluation
+(its tasks download their data), and several processes.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def _ended(text: str, until: Sequence[str]) -> str:
 def _model_class() -> type[Any]:
     from lmms_eval.api.model import lmms
 
-    class AttnSteer(lmms):  # type: ignore[misc]
+    class AttnSteer(lmms):
         """A vision-language model with one method of attnsteer.
 
         Args:

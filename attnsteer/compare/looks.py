@@ -85,6 +85,8 @@ class Looks:
                 found = _made(self._answerer, sample, entry, place)
             except SteeringError as error:
                 found = Look(word, reason=str(error))
+            except Exception as error:  # the numbers must not wait for a picture; the next report tries again
+                return Look(word, reason=f"{type(error).__name__}: {' '.join(str(error).split())}")
         self._wanted[key] = found
         return found
 

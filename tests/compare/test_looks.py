@@ -129,6 +129,9 @@ def test_maps_that_cannot_be_made_are_left_out_with_a_note(
     def refused(*_: Any, **__: Any) -> Any:
         raise SteeringError("This family has no <grid>.")
 
+    def broken(*_: Any, **__: Any) -> Any:
+        raise MemoryError("no room")
+
     monkeypatch.setattr(looks, "answer_maps", refused)
     first = written(found, tmp_path / "a", Looks(tmp_path / "a", small_world()))
     page = first["report.html"].decode()
@@ -136,6 +139,11 @@ def test_maps_that_cannot_be_made_are_left_out_with_a_note(
     assert "<figcaption>" not in page
     monkeypatch.undo()
     assert written(found, tmp_path / "a", Looks(tmp_path / "a")) == first
+    monkeypatch.setattr(looks, "answer_maps", broken)
+    page = written(found, tmp_path / "d", Looks(tmp_path / "d", small_world()))["report.html"].decode()
+    assert "Heat maps left out: 2; MemoryError: no room" in page
+    monkeypatch.undo()
+    assert b"<figcaption>" in written(found, tmp_path / "d", Looks(tmp_path / "d", small_world()))["report.html"]
     without = written(found, tmp_path / "b", Looks(tmp_path / "b"))
     assert b"this report was written without the model" in without["report.html"]
     assert FILE not in without
