@@ -44,7 +44,7 @@ class Magnified:
     """An answer from a picture and the part of it that the question is about.
 
     Attributes:
-        answer: the final answer.
+        answer: the final answer; tokens: its ids, the one that ends it included.
         refined: the part, as it was shown to the model.
         box: where it is in the picture, (left, top, right, bottom) in pixels.
         heat: ``(H, W)`` float64, the importance of every pixel.
@@ -53,6 +53,7 @@ class Magnified:
     """
 
     answer: str
+    tokens: list[int]
     refined: Image.Image
     box: tuple[int, int, int, int]
     heat: NDArray[Any]

@@ -39,7 +39,7 @@ class Processor:
     * ``reads_only``: ``react`` only looks and never gives an edit, so that it goes with guidance;
     * ``reads_rows``: ``react`` reads other rows of the batch, so that no row may run without them;
     * ``call``: how to use a method that asks a model several times instead of acting inside it (``CARVE``), as a line
-      of Python; such a method cannot be attached;
+      of Python; such a method cannot be attached, and has ``answers`` for several questions (as ``CARVE.answers``);
     * ``last_row_only``: every edit changes the output of the last query row alone, so that prompts with one prefill can
       be shared (``attnsteer.prefill``);
     * ``samples``: edits of the kinds that ``react`` gives, so that pairs that do not compose are refused at attach.

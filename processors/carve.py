@@ -94,9 +94,10 @@ class CARVE(Processor):
         question: str,
         template: str | None = None,
         memory: GeneralLooks | None = None,
+        limit: int | None = None,
     ) -> Magnified:
         """The answer to one question about a picture; see ``answers``."""
-        return self.answers(model, hf_processor, [picture], [question], template, memory)[0]
+        return self.answers(model, hf_processor, [picture], [question], template, memory, limit)[0]
 
     def answers(
         self,
@@ -106,6 +107,7 @@ class CARVE(Processor):
         questions: Sequence[str],
         template: str | None = None,
         memory: GeneralLooks | None = None,
+        limit: int | None = None,
     ) -> list[Magnified]:
         """Question n about picture n, all in one batch (two: the maps, then the answers).
 
@@ -116,23 +118,24 @@ class CARVE(Processor):
             template: a prompt typed by hand, e.g. ``"USER: <image>\\n{question} ASSISTANT:"``, in place of the chat
                 template.
             memory: general maps of earlier calls.
+            limit: most tokens of the final answer, where it differs from ``max_new_tokens``.
 
         Raises:
             SteeringError: families whose image tokens have no known grid; says why.
         """
         where = self.where_for(sites(model))
         pictures, asked = [p.convert("RGB") for p in pictures], [question + self.suffix for question in questions]
-        limit = 1 if self.steps == "first" else self.max_new_tokens
+        passes = 1 if self.steps == "first" else self.max_new_tokens
         looks = look_with_general(
-            model, hf_processor, pictures, asked, self.general + self.suffix, where, limit, template, memory
+            model, hf_processor, pictures, asked, self.general + self.suffix, where, passes, template, memory
         )
         found = [
             self.refine(picture, own, general, covered_area(hf_processor, picture.size))
             for picture, own, general in zip(pictures, *looks, strict=True)
         ]
         final = [(p, f[0]) if self.final_images == "both" else (f[0],) for p, f in zip(pictures, found, strict=True)]
-        said = greedy(model, batch(model, hf_processor, final, asked, template), self.max_new_tokens)
-        return [Magnified(words(hf_processor, tokens), *f) for tokens, f in zip(said, found, strict=True)]
+        said = greedy(model, batch(model, hf_processor, final, asked, template), limit or self.max_new_tokens)
+        return [Magnified(words(hf_processor, tokens), tokens, *f) for tokens, f in zip(said, found, strict=True)]
 
     def refine(
         self, picture: Image.Image, question: Look, general: Look, area: Sequence[float] | None = None

@@ -46,6 +46,7 @@ from attnsteer.errors import SteeringError
 from attnsteer.looking import GeneralLooks, Magnified, look_with_general
 from attnsteer.processor import Processor, check_choice, check_number
 from attnsteer.regions import RATIOS, contrast_over_steps, crop_box, edges, tiles, to_pixels
+from attnsteer.site import Site
 from attnsteer.where import Where
 
 from .carve import GENERAL, SUFFIX
@@ -109,6 +110,7 @@ class ViCrop(Processor):
         short_question: str | None = None,
         template: str | None = None,
         memory: GeneralLooks | None = None,
+        limit: int | None = None,
     ) -> Magnified:
         """The answer to one question about a picture.
 
@@ -118,6 +120,7 @@ class ViCrop(Processor):
             short_question: what the map is made with where it differs, e.g. without the options of a choice.
             template: a prompt typed by hand in place of the chat template.
             memory: general maps of earlier calls (rel-att).
+            limit: most tokens of the answer, where it differs from ``max_new_tokens``.
 
         Raises:
             SteeringError: families whose image tokens have no known grid, or that a gradient map is not defined for.
@@ -134,11 +137,27 @@ class ViCrop(Processor):
         crop = picture.crop(box)
         final = (picture, crop) if self.final_images == "both" else (crop,)
         rows = batch(model, hf_processor, [final], [question + self.suffix], template)
-        said = words(hf_processor, greedy(model, rows, self.max_new_tokens)[0])
+        tokens = greedy(model, rows, limit or self.max_new_tokens)[0]
         heat = to_pixels(attention, picture.size, area)
         mask = np.zeros(heat.shape, dtype=bool)
         mask[box[1] : box[3], box[0] : box[2]] = True
-        return Magnified(said, crop, box, heat, mask, attention)
+        return Magnified(words(hf_processor, tokens), tokens, crop, box, heat, mask, attention)
+
+    def answers(
+        self,
+        model: torch.nn.Module,
+        hf_processor: Any,
+        pictures: Sequence[Image.Image],
+        questions: Sequence[str],
+        template: str | None = None,
+        memory: GeneralLooks | None = None,
+        limit: int | None = None,
+    ) -> list[Magnified]:
+        """Question n about picture n, one after the other; see ``answer``."""
+        return [
+            self.answer(model, hf_processor, picture, question, None, template, memory, limit)
+            for picture, question in zip(pictures, questions, strict=True)
+        ]
 
     def importance(
         self,
@@ -150,7 +169,7 @@ class ViCrop(Processor):
         memory: GeneralLooks | None = None,
     ) -> Tensor:
         """The map of one picture, ``(rows, columns)`` float64 on the CPU; of patches for pure-grad."""
-        general, where = self.general + self.suffix, self._where(model)
+        general, where = self.general + self.suffix, self.where_for(sites(model))
         if self.map == "rel-att":
             looks = look_with_general(model, hf_processor, [picture], [question], general, where, 1, template, memory)
             return contrast_over_steps(looks[0][0].maps, looks[1][0].maps, 0.0, "first")
@@ -183,8 +202,8 @@ class ViCrop(Processor):
             min(size[1], box[3] + top),
         )
 
-    def _where(self, model: torch.nn.Module) -> Where:
-        layers = 1 + max(site.layer for site in sites(model))
+    def where_for(self, sites: Sequence[Site]) -> Where:
+        layers = 1 + max((site.layer for site in sites), default=0)
         layer = {32: 14, 36: 22}.get(layers, round(0.45 * layers)) if self.layer is None else self.layer
         return Where(layers=[layer], heads=self.where.heads)
 

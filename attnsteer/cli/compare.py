@@ -18,7 +18,7 @@ from .options import EMBEDDED, command, parameter, parameters_of, positive, sele
 from .options import method as named
 
 if TYPE_CHECKING:
-    from ..compare import Comparison, Method, Task
+    from ..compare import Answered, Method, Task
     from ..processor import Processor
 
 METHODS = ("baseline", "vhr", "var", "gift", "pai", "vaf", "vcd")
@@ -27,6 +27,11 @@ TASKS = ("chair", "pope")
 WORLD = "world-llava"
 LIMIT = 200
 """Pictures of the small world where the user sets no limit."""
+PLANNED = (
+    *("model", "method", "controls", "tasks", "limit", "max_new_tokens", "draws", "seed"),
+    *("images", "instances", "captions_gt", "questions", "prompt"),
+)
+"""Arguments that decide what is asked and counted."""
 EVERY = 20.0
 """Seconds between two lines about the progress, where there is no terminal."""
 
@@ -40,6 +45,7 @@ def add(subparsers: Any) -> None:
         [
             "compare",
             "compare --method vhr:alpha=1.5 --method strong=vhr:alpha=3,layers=4:8 --controls random-heads",
+            "compare --merge --output outputs/compare",
             "compare --model llava-hf/llava-1.5-7b-hf --images val2014 --instances instances_val2014.json "
             "--captions-gt captions_val2014.json --tasks chair --limit 500",
         ],
@@ -63,6 +69,9 @@ def add(subparsers: Any) -> None:
     add("--max-new-tokens", type=positive, help=tokens)
     add("--draws", type=positive, default=10_000, help="samples of the bootstrap (default: 10000)")
     add("--verify-batch", type=positive, metavar="K", help="ask K samples of each task again, alone: how many change")
+    add("--no-maps", action="store_true", help="no heat maps of where the plain model looks in the report's examples")
+    merge = "ask nothing: write the report of all answers in --output, without the model and with the settings of there"
+    add("--merge", action="store_true", help=merge)
     add("--output", default="outputs/compare", metavar="DIR", help="for answers and report (default: outputs/compare)")
     group = parser.add_argument_group("real pictures")
     add = group.add_argument
@@ -71,15 +80,17 @@ def add(subparsers: Any) -> None:
     add("--captions-gt", type=Path, metavar="FILE", help="captions by people, in COCO's format")
     add("--questions", type=Path, action="append", default=[], metavar="FILE", help="POPE's questions (repeatable)")
     add("--prompt", metavar="TEXT", help="what to ask for a description")
+    parser.set_defaults(unsaid={name: parser.get_default(name) for name in PLANNED})
 
 
 def run(given: argparse.Namespace) -> int:
-    from ..compare import Answerer, Answers, Comparison, report, with_controls
+    from ..compare import Answerer, Answers, Comparison, Looks, report
     from ..compare.results import results
 
-    methods = with_controls([parsed(text, given.model) for text in given.method or METHODS], given.controls, given.seed)
-    wanted = tasks(given)
-    model, processor = models.load(given.model, _device(given.device), given.dtype)
+    if given.merge:
+        return merged(given)
+    methods, wanted = arms(given), tasks(given)
+    model, processor = models.load(given.model, local_device(given.device), given.dtype)
     if processor is None:
         raise SteeringError(f"{given.model!r} makes pictures: a comparison needs a model that answers questions.")
     rank, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -90,6 +101,7 @@ def run(given: argparse.Namespace) -> int:
             Answerer(model, processor), wanted, methods, answers, given.batch_size, rank, count, _teller(given)
         )
         report.note_samples(comparison, folder)
+        report.note_plan(comparison, {name: _plain(getattr(given, name)) for name in PLANNED}, folder)
         comparison.run()
         answers.reload()
         missing = sum(total - done for done, total in map(comparison.there, wanted))
@@ -101,14 +113,54 @@ def run(given: argparse.Namespace) -> int:
         if given.verify_batch:
             sizes = {task.name: min(given.verify_batch, len(task.samples)) for task in wanted}
             found["verified"] = {**comparison.verify(given.verify_batch, given.seed), "samples": sizes}
-        files = report.write(comparison, found, folder)
+        looks = None if given.no_maps else Looks(folder, comparison.answerer)
+        files = report.write(comparison, found, folder, looks)
     finally:
         answers.close()
     _say(given, comparison, found, files, errors)
     return 1 if missing else 0
 
 
-def _device(wanted: str) -> str:
+def merged(given: argparse.Namespace) -> int:
+    """Write the report of what all processes have answered so far; asks nothing, and gives the same files every time.
+
+    Raises:
+        SteeringError: no comparison was started there, or arguments that are not those that it was started with.
+    """
+    from ..compare import Answers, Looks, Recorded, report
+    from ..compare.results import results
+
+    folder = Path(given.output)
+    arguments, runs = report.planned(folder)
+    for name in PLANNED:
+        said = _plain(getattr(given, name))
+        if said not in (_plain(given.unsaid[name]), arguments.get(name)):
+            raise SteeringError(
+                f"--{name.replace('_', '-')} is {arguments.get(name)!r} in {str(folder)!r}, so that --merge cannot "
+                f"take {said!r}: leave it out."
+            )
+    as_started = argparse.Namespace(**vars(given) | arguments)
+    for name in ("images", "instances", "captions_gt"):
+        setattr(as_started, name, Path(arguments[name]) if arguments[name] else None)
+    as_started.questions = [Path(file) for file in arguments["questions"]]
+    recorded = Recorded(tasks(as_started), arms(as_started), Answers(folder, None), runs)
+    missing = sum(total - done for done, total in map(recorded.there, recorded.tasks))
+    found = results(recorded, as_started.model, as_started.seed, as_started.draws)
+    files = report.write(recorded, found, folder, None if given.no_maps else Looks(folder))
+    _say(given, recorded, found, files, recorded.errors())
+    if missing:
+        print(f"attnsteer: {missing} answers are missing", file=sys.stderr)
+    return 1 if missing else 0
+
+
+def _plain(value: Any) -> Any:
+    """An argument as JSON has it; files by their whole path."""
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return str(value.resolve()) if isinstance(value, Path) else value
+
+
+def local_device(wanted: str) -> str:
     """The GPU of this process, where there are several processes and the user does not say otherwise."""
     import torch
 
@@ -118,6 +170,14 @@ def _device(wanted: str) -> str:
 
 
 # ---- what is compared ------------------------------------------------------------------------------------------------
+def arms(given: argparse.Namespace) -> list[Method]:
+    """The plain model, methods and controls."""
+    from ..compare import with_controls
+
+    methods = [parsed(text, given.model) for text in given.method or METHODS]
+    return with_controls(methods, given.controls, given.seed)
+
+
 def parsed(text: str, model: str = WORLD) -> Method:
     """``pai:alpha=0.5+image-contrast:gamma=1.1`` as a method; ``mine=vhr:alpha=2`` is called mine.
 
@@ -139,14 +199,16 @@ def parsed(text: str, model: str = WORLD) -> Method:
 def _processor(text: str, model: str) -> Processor:
     """``vhr:alpha=2,layers=4:8``; a comma that begins no parameter belongs to the value before it."""
     from ..config import processor_from_dict
+    from ..processors import get
 
     title, _, rest = text.partition(":")
     name = named(title.strip())
+    known = parameters_of(name)  # CARVE has steps of its own
     where: dict[str, str | None] = dict.fromkeys(("layers", "heads", "steps"))
     found: dict[str, Any] = {}
     for part in re.split(r",(?=\s*[A-Za-z_]\w*=)", rest) if rest else []:
         key, equals, value = part.strip().partition("=")
-        if equals and key in where:
+        if equals and key in where and key not in known:
             where[key] = value
         else:
             found |= [parameter(part.strip(), "--method")]
@@ -154,7 +216,8 @@ def _processor(text: str, model: str) -> Processor:
         if "where" in found:
             raise SteeringError("where=... and layers, heads, steps say the same thing: give one.")
         found["where"] = selection(**where)
-    fitting = {k: v for k, v in EMBEDDED.get(model, {}).items() if k in parameters_of(name)}
+    own_words = {"suffix": ""} if get(name).call else {}  # all methods are asked in the task's words
+    fitting = {k: v for k, v in (own_words | EMBEDDED.get(model, {})).items() if k in known}
     return processor_from_dict({"processor": name, "parameters": fitting | found})
 
 
@@ -218,7 +281,7 @@ def _teller(given: argparse.Namespace) -> Any:
     return tell
 
 
-def _say(given: argparse.Namespace, comparison: Comparison, found: Any, files: list[Path], errors: Any) -> None:
+def _say(given: argparse.Namespace, comparison: Answered, found: Any, files: list[Path], errors: Any) -> None:
     from ..compare import tables
 
     if given.json:

@@ -10,7 +10,9 @@
 ``attnsteer compare`` is the same from the command line.
 """
 
+from .answered import Answered, Recorded
 from .answering import Answer, Answerer
+from .looks import Looks
 from .methods import BASELINE, CONTROLS, Method, control, with_controls
 from .results import results
 from .run import Comparison, Failure
@@ -22,6 +24,7 @@ __all__ = [
     "BASELINE",
     "CONTROLS",
     "Answer",
+    "Answered",
     "Answerer",
     "Answers",
     "Comparison",
@@ -29,8 +32,10 @@ __all__ = [
     "Exists",
     "Failure",
     "FilePicture",
+    "Looks",
     "Method",
     "Metric",
+    "Recorded",
     "Sample",
     "Task",
     "control",

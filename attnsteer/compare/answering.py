@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from .._version import __version__
-from ..attach import attach
+from ..attach import attach, sites
 from ..chat import question_inputs
 from ..errors import SteeringError
 from ..hosts.vision import seen_once
@@ -79,8 +79,15 @@ class Answerer:
         return found
 
     def _try(self, methods: Sequence[Method]) -> None:
-        with self._steered(methods):
-            pass
+        around = next((method.around for method in methods if method.around is not None), None)
+        if around is None:
+            with self._steered(methods):
+                pass
+        elif len(methods) > 1:
+            raise SteeringError(f"{type(around).__name__} asks by itself: nothing can share its batches.")
+        else:
+            there = sites(self.model)
+            around.where_for(there).select(there, around.kinds)
 
     def _steered(self, methods: Sequence[Method]) -> Any:
         if not any(method.processors for method in methods):
@@ -91,20 +98,26 @@ class Answerer:
         """Answers by method, then by sample.
 
         Args:
-            methods: rows of one batch, one block of samples for each.
+            methods: rows of one batch, one block of samples for each; or one that asks by itself.
             limit: most tokens of an answer.
         """
         pictures, questions = [sample.picture.open() for sample in samples], [sample.prompt for sample in samples]
+        if len(methods) == 1 and methods[0].around is not None:
+            found = methods[0].around.answers(self.model, self.processor, pictures, questions, limit=limit)
+            return [self._answers([each.tokens for each in found], limit)]
         inputs = question_inputs(self.processor, pictures, questions).to(self.model.device, self.model.dtype)
         rows = {name: _repeated(value, len(methods)) for name, value in inputs.items()}
         with self._steered(methods), seen_once(self.model, len(methods)):
             out = self.model.generate(**rows, max_new_tokens=limit, do_sample=False, num_beams=1)
-        new = out[:, rows["input_ids"].shape[1] :].tolist()
+        answers = self._answers(out[:, rows["input_ids"].shape[1] :].tolist(), limit)
+        return [answers[start : start + len(samples)] for start in range(0, len(answers), len(samples))]
+
+    def _answers(self, new: Sequence[Sequence[int]], limit: int) -> list[Answer]:
+        """What generated tokens say."""
         ends = _ends(self.model.generation_config)
         cut = [_cut(row, ends, limit) for row in new]
         texts = self.processor.batch_decode([ids for ids, _ in cut], skip_special_tokens=True)
-        answers = [Answer(text.strip(), ids, end) for text, (ids, end) in zip(texts, cut, strict=True)]
-        return [answers[start : start + len(samples)] for start in range(0, len(answers), len(samples))]
+        return [Answer(text.strip(), ids, end) for text, (ids, end) in zip(texts, cut, strict=True)]
 
 
 def _repeated(value: Any, times: int) -> Any:

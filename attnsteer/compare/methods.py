@@ -25,7 +25,8 @@ class Method:
 
     Attributes:
         label: its name there.
-        processors: what is attached; empty for the plain model.
+        processors: what is attached, or one that asks the model several times (``Processor.call``); empty for the plain
+            model.
         control_of: the label of the method that it is a control of; "" for methods.
     """
 
@@ -37,6 +38,11 @@ class Method:
     def digest(self) -> str:
         """A hash of what it does; the label does not count."""
         return identity({"processors": [plain(processor) for processor in self.processors]})
+
+    @property
+    def around(self) -> Any | None:
+        """The processor that is not attached but asks the model by itself; None for all other methods."""
+        return self.processors[0] if len(self.processors) == 1 and self.processors[0].call else None
 
 
 def plain(processor: Any) -> dict[str, Any]:

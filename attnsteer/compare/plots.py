@@ -3,6 +3,7 @@ Pillow, which is always there."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,11 +84,14 @@ def scatter(results: Results, task: str, across: str, up: str) -> Image.Image:
     for value in ticks(*y.span):
         draw.text((left - 8, y(value)), f"{value:.4g}", FAINT, _font(11), anchor="rm")
     draw.text(((left + WIDTH - right) / 2, height - 16), _title(metrics[across]), FAINT, _font(), anchor="mm")
+    drawn: list[tuple[float, float]] = []
     for number, (label, (one, other)) in enumerate(spots.items()):
         ink, at = _ink(number), (x(one[0]), y(other[0]))
         draw.line([(x(one[1]), at[1]), (x(one[2]), at[1])], ink)
         draw.line([(at[0], y(other[1])), (at[0], y(other[2]))], ink)
-        draw.ellipse((at[0] - 4, at[1] - 4, at[0] + 4, at[1] + 4), ink)
+        side = 4 + 3 * sum(math.dist(at, place) < 4 for place in drawn)  # a ring around what is at the same place
+        draw.ellipse((at[0] - side, at[1] - side, at[0] + side, at[1] + side), ink if side == 4 else None, ink, 2)
+        drawn.append(at)
         draw.text((WIDTH - right + 20, top + 18 * number), label, ink, _font())
     return page
 

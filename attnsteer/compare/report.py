@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from ..errors import SteeringError
 from . import page, tables
+from .answered import Answered
+from .files import put
+from .looks import Looks
 from .plots import plots
-from .results import Results, complete
-from .run import Comparison
+from .results import Results
+
+PLAN = "comparison.json"
 
 
-def write(comparison: Comparison, results: Results, folder: Path) -> list[Path]:
+def write(comparison: Answered, results: Results, folder: Path, looks: Looks | None = None) -> list[Path]:
     """results.json, table.md, table.csv, table.tex, one PNG for each plot, and report.html; gives the files.
 
     Each is whole at any moment, so several processes may write the same ones.
+
+    Args:
+        looks: heat maps of the examples.
     """
     pictures = {}
     for name, picture in plots(results, made_up(comparison)).items():
@@ -30,31 +39,47 @@ def write(comparison: Comparison, results: Results, folder: Path) -> list[Path]:
         "table.csv": tables.lines(results).encode(),
         "table.tex": tables.document(results).encode(),
         **{f"{name}.png": content for name, content in pictures.items()},
-        "report.html": page.page(comparison, results, pictures).encode(),
+        "report.html": page.page(comparison, results, pictures, looks).encode(),
     }
+    if looks is not None:
+        looks.keep()
     for name, content in contents.items():
         put(folder / name, content)
     return [folder / name for name in contents]
 
 
-def note_samples(comparison: Comparison, folder: Path) -> None:
+def note_samples(comparison: Answered, folder: Path) -> None:
     """samples.json: the ids of what is asked, by task."""
     ids = {task.name: [sample.id for sample in task.samples] for task in comparison.tasks}
     put(folder / "samples.json", (json.dumps(ids, indent=1) + "\n").encode())
 
 
-def made_up(comparison: Comparison) -> dict[str, dict[str, int]]:
+def note_plan(comparison: Answered, arguments: Mapping[str, Any], folder: Path) -> None:
+    """comparison.json: what the comparison was started with, and under which settings its answers are kept."""
+    plan = {"arguments": dict(arguments), "runs": comparison.runs}
+    put(folder / PLAN, (json.dumps(plan, indent=1) + "\n").encode())
+
+
+def planned(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The arguments and, for each task, the hash of settings that ``note_plan`` wrote.
+
+    Raises:
+        SteeringError: no comparison was started there.
+    """
+    try:
+        plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        return dict(plan["arguments"]), dict(plan["runs"])
+    except FileNotFoundError:
+        raise SteeringError(f"{str(folder)!r} holds no {PLAN}: no comparison was started there.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise SteeringError(f"{folder / PLAN} is not what a comparison writes: start the comparison again.") from error
+
+
+def made_up(comparison: Answered) -> dict[str, dict[str, int]]:
     """For every method how often it names each category that is not there, in all tasks with descriptions."""
     found: dict[str, Counter[str]] = {method.label: Counter() for method in comparison.methods}
     for task in comparison.tasks:
-        for entries in complete(comparison, task).values():
+        for entries in comparison.complete(task).values():
             for method, entry in zip(comparison.methods, entries, strict=True):
                 found[method.label].update(entry["counts"].get("made_up", ()))
     return {label: dict(counts) for label, counts in found.items()}
-
-
-def put(file: Path, content: bytes) -> None:
-    """Write a file that is never seen half-written."""
-    half = file.with_name(f".{file.name}.{os.getpid()}")
-    half.write_bytes(content)
-    half.replace(file)

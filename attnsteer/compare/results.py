@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from ..metrics.pope import SPLITS
 from ..metrics.statistics import RatioEffect, ratio_differences, ratio_intervals
+from .answered import Answered
 from .methods import Method, plain
-from .run import Comparison
 from .samples import Sample
 from .store import Entry
 from .tasks import Task
@@ -25,7 +26,7 @@ ALL = "all"
 Results = dict[str, Any]
 
 
-def results(comparison: Comparison, model: str, seed: int = 0, draws: int = DRAWS) -> Results:
+def results(comparison: Answered, model: str, seed: int = 0, draws: int = DRAWS) -> Results:
     """Everything that the report shows, as JSON values. The same answers and seed give the same values.
 
     Args:
@@ -46,27 +47,18 @@ def results(comparison: Comparison, model: str, seed: int = 0, draws: int = DRAW
     }
 
 
-def complete(comparison: Comparison, task: Task) -> dict[str, list[Entry]]:
-    """The answers to every sample that all methods have answered, in the order of the methods."""
-    found = {}
-    for sample in task.samples:
-        entries = [comparison.answers.answers.get(comparison.key(task, sample, m)) for m in comparison.methods]
-        there = [entry for entry in entries if entry is not None]
-        if len(there) == len(entries):
-            found[sample.id] = there
-    return found
-
-
 def grouped_samples(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
-    """Everything together, where a sample counts once for each of its groups, and then every group."""
-    names = list(dict.fromkeys(group for sample in samples for group in sample.groups))
+    """Everything together, where a sample counts once for each of its groups, and then every group: POPE's splits in
+    their order, others by name."""
+    found = {group for sample in samples for group in sample.groups}
+    names = sorted(found, key=lambda name: (SPLITS.index(name) if name in SPLITS else len(SPLITS), name))
     everything = [sample for sample in samples for _ in sample.groups or ("",)]
     parts = {name: [sample for sample in samples if name in sample.groups] for name in names}
     return {ALL: everything} | (parts if len(parts) > 1 else {})
 
 
-def _task(comparison: Comparison, task: Task, seed: int, draws: int) -> Results:
-    answers = complete(comparison, task)
+def _task(comparison: Answered, task: Task, seed: int, draws: int) -> Results:
+    answers = comparison.complete(task)
     usable = [sample for sample in task.samples if sample.id in answers]
     groups = {
         name: _group(comparison.methods, task, samples, answers, seed, draws)

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from .answered import Answered
 from .answering import Answer, Answerer
 from .methods import Method
 from .samples import Sample
-from .store import Answers, Entry, Key
+from .store import Answers, Entry
 from .tasks import Task
 
 Progress = Callable[[str, int, int], None]
@@ -27,7 +28,7 @@ Said = tuple[Sample, Method, Answer | Failure]
 
 
 @dataclass
-class Comparison:
+class Comparison(Answered):
     """Tasks and methods on one model.
 
     Args:
@@ -61,10 +62,6 @@ class Comparison:
             settings = {**self.answerer.settings(task.max_new_tokens), "task": task.settings}
             self.runs[task.name] = self.answers.begin(settings)
 
-    def key(self, task: Task, sample: Sample, method: Method) -> Key:
-        """What the answer is kept under."""
-        return Key(self.runs[task.name], task.name, sample.id, sample.digest, method.digest)
-
     def run(self) -> None:
         """Ask what is missing of the share of this process."""
         for task in self.tasks:
@@ -75,16 +72,6 @@ class Comparison:
                     for said in self._ask(task, batch, group) if self._lacking(task, group, batch) else ():
                         done += self._keep(task, said)
                         self.progress(task.name, done, total)
-
-    def there(self, task: Task) -> tuple[int, int]:
-        """Answers that are there, and how many are wanted."""
-        found = sum(self.key(task, s, m) in self.answers.answers for s in task.samples for m in self.methods)
-        return found, len(task.samples) * len(self.methods)
-
-    def errors(self) -> dict[Key, str]:
-        """What is missing because it failed, and why."""
-        wanted = [self.key(t, s, m) for t in self.tasks for s in t.samples for m in self.methods]
-        return {key: self.answers.errors[key] for key in wanted if key in self.answers.errors}
 
     def verify(self, number: int, seed: int = 0) -> dict[str, dict[str, int]]:
         """Ask some samples of each task again, each alone: how often another answer comes by task and method.

@@ -159,3 +159,8 @@ def marked(counts: Mapping[str, Any]) -> list[tuple[int, int, bool]]:
     """Places of an answer that name an object, ``text[start:end]``, and whether it is made up."""
     made_up = set(counts.get("made_up", ()))
     return [(start, end, name in made_up) for start, end, name in counts.get("places", ())]
+
+
+def wrong(counts: Mapping[str, Any]) -> bool:
+    """Whether the answer to a question was not read as the right one."""
+    return "label" in counts and counts["said"] != counts["label"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from attnsteer.cli import compare, main
+from attnsteer.cli import compare, main, models
 from attnsteer.compare import world
 from attnsteer.compare.answering import Answerer
 from tests.tiny import pipelines
@@ -71,6 +71,44 @@ def test_a_comparison_writes_a_report_and_goes_on(
     assert json.loads((tmp_path / "out" / "samples.json").read_text()) != chosen
 
 
+def test_merging_writes_the_report_of_what_is_there_and_asks_nothing(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    command = ["--model", model, "--limit", 3, "--batch-size", 2, "--max-new-tokens", 3, "--draws", 100]
+    command += ["--method", "vhr", "--output", out]
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert run(*command) == 0
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    whole = {file.name: file.read_bytes() for file in out.iterdir()}
+    capsys.readouterr()
+    torn = out / "answers-1.jsonl"
+    lines = whole[torn.name].splitlines(keepends=True)
+    torn.write_bytes(b"".join(lines[:-2]) + lines[-2][:-40])
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "load", None)
+        contents = []
+        for _ in range(2):
+            assert run("--merge", "--output", out) == 1
+            said = capsys.readouterr()
+            assert "attnsteer: 2 answers are missing" in said.err
+            contents.append({file.name: file.read_bytes() for file in out.iterdir()})
+        assert contents[0] == contents[1]
+        assert contents[0][torn.name] == torn.read_bytes()
+        assert "samples are left out" in contents[0]["table.md"].decode()
+        torn.write_bytes(whole[torn.name])
+        assert run("--merge", "--output", out, "--limit", 3) == 0
+        assert {file.name: file.read_bytes() for file in out.iterdir()} == whole, "as those who asked have written it"
+        capsys.readouterr()
+        assert run("--merge", "--output", out, "--limit", 2) == 2
+        assert "--limit is 3 in" in capsys.readouterr().err
+        assert run("--merge", "--output", tmp_path / "nowhere") == 2
+        assert "no comparison was started there" in capsys.readouterr().err
+
+
 def test_real_pictures_by_the_same_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["world", "export", str(tmp_path / "coco"), "--count", "4"]) == 0
     notes = tmp_path / "coco" / "annotations"
@@ -83,6 +121,9 @@ def test_real_pictures_by_the_same_command(model: Path, tmp_path: Path, capsys: 
     (line, *_) = (tmp_path / "out" / "answers-0.jsonl").read_text().splitlines()[1:]
     assert json.loads(line)["prompt"] == "What is it?"
     assert json.loads(line)["label"] == "baseline"
+    written = (tmp_path / "out" / "report.html").read_bytes()
+    assert run("--merge", "--output", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "report.html").read_bytes() == written
 
 
 def test_errors_are_told_and_counted(

@@ -17,13 +17,20 @@ from PIL import Image
 
 from attnsteer.compare import results
 from attnsteer.compare import tasks as kinds
-from attnsteer.compare.page import chosen, highlighted
+from attnsteer.compare.examples import chosen, highlighted
 from attnsteer.compare.report import write
 
 from .common import Parrot, comparison, tasks
 
 VOID = {"meta", "img", "br"}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+OFFLINE = (
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-quic",
+)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +97,13 @@ def test_objects_are_marked_where_they_are_named() -> None:
     assert highlighted({"output": "", "counts": task.count(sample, "", False)}) == "<em>(nothing)</em>"
 
 
+def test_wrong_answers_to_questions_are_marked() -> None:
+    task = tasks(1)[1]
+    sample = next(sample for sample in task.samples if sample.truth == ("no",))
+    shown = {text: highlighted({"output": text, "counts": task.count(sample, text, False)}) for text in ("Yes.", "No.")}
+    assert shown == {"Yes.": '<mark class="made-up">Yes.</mark>', "No.": "No."}
+
+
 def test_examples_are_those_on_which_methods_differ() -> None:
     def entry(text: str, made_up: list[str]) -> dict[str, Any]:
         return {"output": text, "counts": {"made_up": made_up, "right": 1}}
@@ -108,7 +122,7 @@ def test_a_browser_shows_the_page(page: Path, tmp_path: Path) -> None:
         pytest.skip("no Chromium here (Debian package chromium)")
     shot = tmp_path / "shot.png"
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1280,2400"]
-    options += [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shot}"]
+    options += [*OFFLINE, f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shot}"]
     subprocess.run([browser, *options, page.as_uri()], check=True, capture_output=True, timeout=120)
     seen = np.asarray(Image.open(shot).convert("RGB"))
     assert seen.shape == (2400, 1280, 3)
