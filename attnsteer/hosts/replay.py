@@ -119,14 +119,14 @@ class Prefill:
         if not any(given):
             yield
             return
-        self._read(list(_each(given)))
+        self._learn(list(_each(given)))
         with attach(self._model, variants=given, processor=self._processor) as steering:
             surveyor = getattr(steering.session, "surveyor", None)
             if surveyor is not None:  # the prompt without its pixels cannot be read again
                 surveyor.known = [(reader, take_rows(left, rows, self._batch)) for reader, left in self._known]
             yield
 
-    def _read(self, processors: Sequence[Processor]) -> None:
+    def _learn(self, processors: Sequence[Processor]) -> None:
         """Read the prompt once more for surveys that are new."""
         known = [reader for reader, _ in self._known]
         missing = [reader for reader in _surveys(self._model, processors) if reader not in known]
