@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 import time
 from dataclasses import replace
@@ -14,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SteeringError
 from . import models
-from .options import EMBEDDED, command, parameter, parameters_of, positive, selection
-from .options import method as named
+from .options import command, positive, written
 
 if TYPE_CHECKING:
     from ..compare import Answered, Method, Task
-    from ..processor import Processor
 
 METHODS = ("baseline", "vhr", "var", "gift", "pai", "vaf", "vcd")
 """Compared where the user names none."""
+TASKS_WORDS = {"suffix": ""}
+"""Defaults of methods that ask in words of their own: all are asked in the task's."""
 TASKS = ("chair", "pope")
 WORLD = "world-llava"
 LIMIT = 200
@@ -193,32 +192,7 @@ def parsed(text: str, model: str = WORLD) -> Method:
         return Method(BASELINE)
     if not label.strip() or not wanted.strip():
         raise SteeringError(f"--method {text!r} is empty: write NAME:param=value or LABEL=NAME:param=value.")
-    return Method(label, tuple(_processor(part, model) for part in re.split(r"\+(?=[A-Za-z])", wanted)))
-
-
-def _processor(text: str, model: str) -> Processor:
-    """``vhr:alpha=2,layers=4:8``; a comma that begins no parameter belongs to the value before it."""
-    from ..config import processor_from_dict
-    from ..processors import get
-
-    title, _, rest = text.partition(":")
-    name = named(title.strip())
-    known = parameters_of(name)  # CARVE has steps of its own
-    where: dict[str, str | None] = dict.fromkeys(("layers", "heads", "steps"))
-    found: dict[str, Any] = {}
-    for part in re.split(r",(?=\s*[A-Za-z_]\w*=)", rest) if rest else []:
-        key, equals, value = part.strip().partition("=")
-        if equals and key in where and key not in known:
-            where[key] = value
-        else:
-            found |= [parameter(part.strip(), "--method")]
-    if any(where.values()):
-        if "where" in found:
-            raise SteeringError("where=... and layers, heads, steps say the same thing: give one.")
-        found["where"] = selection(**where)
-    own_words = {"suffix": ""} if get(name).call else {}  # all methods are asked in the task's words
-    fitting = {k: v for k, v in (own_words | EMBEDDED.get(model, {})).items() if k in known}
-    return processor_from_dict({"processor": name, "parameters": fitting | found})
+    return Method(label, tuple(written(wanted, model, TASKS_WORDS)))
 
 
 def tasks(given: argparse.Namespace) -> list[Task]:

@@ -46,6 +46,7 @@ def add(subparsers: Any) -> None:
             'generate world-sd --prompt "a dog" --prompt "a dog and a cat" --method consistent-self-attention',
             'generate world-sd3 --prompt "a dog" --variants my-configurations.json --out sheet.png',
             'generate world-llava --image photo.png --prompt "What is in the image?" --method vhr',
+            'generate world-llava --image photo.png --prompt "What is there?" --method pai:alpha=.2+image-contrast',
         ],
     )
     add_model(parser)

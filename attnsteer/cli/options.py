@@ -79,7 +79,10 @@ def add_processors(parser: argparse.ArgumentParser) -> None:
 
 def add_methods(group: Any) -> None:
     """Which methods act; their own layers, heads and steps apart."""
-    named = "a method of `attnsteer list`, e.g. attend-and-excite, SoftPAG or vhr; without one: no steering"
+    named = (
+        "a method of `attnsteer list`, e.g. attend-and-excite, SoftPAG or vhr, or several with their parameters, "
+        "pai:alpha=.2,layers=2:8+image-contrast:gamma=1.1; without one: no steering"
+    )
     group.add_argument("--method", "--processor", metavar="NAME", help=named)
     group.add_argument(
         "--subjects", metavar="WORDS", help='words of the prompt: dog,car or, for methods that bind, "red car,dog"'
@@ -116,6 +119,12 @@ def processors(given: argparse.Namespace) -> list[Processor]:
         if details:
             raise SteeringError(f"--{details[0]} belongs to a method: name one with --method.")
         return []
+    if is_written(given.method):
+        if details:
+            raise SteeringError(
+                f"--{details[0]} goes with one method alone: write --method NAME:param=value,layers=2:4+NAME."
+            )
+        return written(given.method, given.model)
     wanted = configuration(given)
     try:
         return [processor_from_dict(wanted)]
@@ -127,6 +136,45 @@ def processors(given: argparse.Namespace) -> list[Processor]:
             f"{' and '.join(tensors)} cannot be written here: save_pretrained writes them, --config FOLDER takes them."
         )
         raise SteeringError([*error.reasons, hint]) from error
+
+
+def is_written(text: str) -> bool:
+    """Whether a method comes with its parameters, or with another method: then ``written`` reads it."""
+    return ":" in text or "+" in text
+
+
+def written(text: str, model: str, defaults: Mapping[str, Any] | None = None) -> list[Processor]:
+    """``pai:alpha=0.5,layers=2:8+image-contrast:gamma=1.1`` as processors, with what fits an embedded model.
+
+    ``defaults``: parameters of those processors that have them, where neither the text nor the model says otherwise.
+
+    Raises:
+        SteeringError: an unknown processor or parameter, or a value that is not allowed.
+    """
+    return [_written(part, {**(defaults or {}), **EMBEDDED.get(model, {})}) for part in re.split(r"\+(?=[A-Za-z])", text)]
+
+
+def _written(text: str, defaults: Mapping[str, Any]) -> Processor:
+    """``vhr:alpha=2,layers=4:8``; a comma that begins no parameter belongs to the value before it."""
+    from ..config import processor_from_dict
+
+    title, _, rest = text.partition(":")
+    name = method(title.strip())
+    known = parameters_of(name)  # CARVE has steps of its own
+    where: dict[str, str | None] = dict.fromkeys(("layers", "heads", "steps"))
+    found: dict[str, Any] = {}
+    for part in re.split(r",(?=\s*[A-Za-z_]\w*=)", rest) if rest else []:
+        key, equals, value = part.strip().partition("=")
+        if equals and key in where and key not in known:
+            where[key] = value
+        else:
+            found |= [parameter(part.strip(), "--method")]
+    if any(where.values()):
+        if "where" in found:
+            raise SteeringError("where=... and layers, heads, steps say the same thing: give one.")
+        found["where"] = selection(**where)
+    fitting = {k: v for k, v in defaults.items() if k in known}
+    return processor_from_dict({"processor": name, "parameters": fitting | found})
 
 
 def configuration(given: argparse.Namespace) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import SteeringError
 from . import models
-from .options import configuration, described, parameter, processors, selection
+from .options import configuration, described, is_written, parameter, processors, selection
 
 if TYPE_CHECKING:
     from ..processor import Processor
@@ -80,6 +80,8 @@ def _product(given: argparse.Namespace, texts: Sequence[str]) -> list[Variant]:
         raise SteeringError(f"--variants {texts[0]} varies a method: name one with --method.")
     if given.config:
         raise SteeringError("--config brings its own processors: leave out --method.")
+    if is_written(given.method):
+        raise SteeringError("--variants varies one method: give --method its name alone, and --param what stays.")
     names = [text.partition("=")[0] for text in texts]
     twice = [name for name in names if names.count(name) > 1]
     if twice:

@@ -110,6 +110,7 @@ class LanguageSession:
         self._restore: list[Callable[[], None]] = []
         self._reached = False
         self._generating = False
+        self._recipe = False  # generate() is running code of a repository, which may call generate() itself
         self._inside = False
         self._facts: dict[int, dict[str, Any]] = {}  # what plans asked for, by their id
         self._towers: list[ClassAttention] = []
@@ -191,7 +192,7 @@ class LanguageSession:
         given = {**dict(zip(inspect.signature(plain).parameters, args, strict=False)), **kwargs}
         if given.get("input_ids") is None:
             given["input_ids"] = given.get("inputs")
-        if self._generating:  # an assisted generation asks the model itself for candidates
+        if self._generating and not self._recipe:  # an assisted generation asks the model itself for candidates
             with self._contrasts.paused(), self._drafting(given):
                 return plain(*args, **kwargs)
         config = given.get("generation_config") or self.model.generation_config
@@ -200,12 +201,14 @@ class LanguageSession:
         if given.get("attention_mask") is None:
             given["attention_mask"] = self._padding_of(given)
         self._begin(given)
-        self._left, self._generating = length(given) - cache_length(given), True
+        outer = self._generating, self._recipe
+        self._left = length(given) - cache_length(given)
+        self._generating, self._recipe = True, isinstance(given.get("custom_generate"), str)
         try:
             with self._contrasts.generating():
                 return plain(*args, **kwargs)
         finally:
-            self._generating = False
+            self._generating, self._recipe = outer
             self._set_phase("prefill")
 
     @contextlib.contextmanager
