@@ -151,7 +151,8 @@ def written(text: str, model: str, defaults: Mapping[str, Any] | None = None) ->
     Raises:
         SteeringError: an unknown processor or parameter, or a value that is not allowed.
     """
-    return [_written(part, {**(defaults or {}), **EMBEDDED.get(model, {})}) for part in re.split(r"\+(?=[A-Za-z])", text)]
+    fitting = {**(defaults or {}), **EMBEDDED.get(model, {})}
+    return [_written(part, fitting) for part in re.split(r"\+(?=[A-Za-z])", text)]
 
 
 def _written(text: str, defaults: Mapping[str, Any]) -> Processor:
