@@ -225,8 +225,8 @@ def _guidance_facts(target: Any, live: Any, shape: Mapping[str, int]) -> dict[st
         # of a chain the last output before each fork is kept
         kept = [stages[:fork] for fork in set(forks) - {0}] if family.chain else [stages[: max(forks)]]
         sizes = [estimate.tape_bytes(unwrap(model), family, before, first, scale, shape) for before in kept]
-        if None not in sizes:
-            facts["bytes"]["tape"] = sum(sizes)
+        if all(size is not None for size in sizes):
+            facts["bytes"]["tape"] = sum(size or 0 for size in sizes)
     return facts
 
 
