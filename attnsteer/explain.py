@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .attach import _occupied, refusals, rows_given, sites, why_taken
 from .errors import SteeringError
-from .fork import stages_before, why_no_fork
+from .fork import Stage, forks_of, why_no_fork
 from .hosts.worlds import models_of
 from .nursing import Moment
 from .processor import Processor, parameters
@@ -41,8 +41,9 @@ class Explanation:
         parts: what each processor selected.
         extra: the forward passes beyond those of the plain model, in words.
         extra_rows: rows of the additional forward in a step where everything is active, for each picture or prompt.
-        fork: where the additional forward enters the model, in words; empty where there is none.
-        shared: fraction of the stages that the additional forward does not compute again.
+        fork: where the additional forward enters the model, in words; empty where there is none. Rows that are
+            perturbed far apart have forwards of their own.
+        shared: fraction of the stages that the additional rows do not compute again, on average.
         bytes: what is kept: ``edits`` (weights at the sites), and with guidance ``tape`` (stage outputs for the fork)
             and ``loans`` (keys and values that perturbed rows read, see ``attnsteer.lending``); where the size of the
             latter two cannot be told they are missing.
@@ -214,16 +215,33 @@ def _guidance_facts(target: Any, live: Any, shape: Mapping[str, int]) -> dict[st
     if lent and size is not None:
         facts["bytes"]["loans"] = size
     why = why_no_fork(stages, {}, (), is_compiled(model))
-    before = [] if why else stages_before(stages, [site.name for site in wanted_sites(guiding)])
-    if before:
-        facts["fork"] = f"enters before {stages[len(before)][0]}: {len(before)} of {len(stages)} stages are shared"
-        facts["shared"] = len(before) / len(stages)
-        size = estimate.tape_bytes(unwrap(model), family, before, first, scale, shape)
-        if size is not None:
-            facts["bytes"]["tape"] = size
-    else:
-        facts["fork"] = f"nothing is shared: {why or 'the first stage is perturbed'}"
+    places = {} if why else forks_of(guiding, stages)
+    forks = [places.get(plan, 0) for row in guiding for plan in row]  # of every row
+    many = len(set(forks))
+    if many > 1:
+        facts["extra"] = f"in each guided step {many} more forwards of conditional rows ({lanes} for each picture)"
+    facts["fork"] = _entries(forks, stages, why)
+    if any(forks):
+        facts["shared"] = sum(forks) / len(forks) / len(stages)
+        # of a chain the last output before each fork is kept
+        kept = [stages[:fork] for fork in set(forks) - {0}] if family.chain else [stages[: max(forks)]]
+        sizes = [estimate.tape_bytes(unwrap(model), family, before, first, scale, shape) for before in kept]
+        if all(size is not None for size in sizes):
+            facts["bytes"]["tape"] = sum(size or 0 for size in sizes)
     return facts
+
+
+def _entries(forks: Sequence[int], stages: Sequence[Stage], why: str | None) -> str:
+    """Where the additional forwards enter the model, and with how many of the rows if there are several."""
+    entries = []
+    for fork in sorted(set(forks)):
+        if fork:
+            entries.append(f"enters before {stages[fork][0]}: {fork} of {len(stages)} stages are shared")
+        else:
+            entries.append(f"nothing is shared: {why or 'the first stage is perturbed'}")
+        if len(set(forks)) > 1:
+            entries[-1] += f" ({forks.count(fork)} of {len(forks)} rows)"
+    return "; ".join(entries)
 
 
 def _ranges(heads: Sequence[int]) -> str:

@@ -1,20 +1,22 @@
 """The fork: perturbed rows share everything before their first perturbed site with the conditional rows.
 
 The normal forward runs with a ``Tape`` that notes the outputs of the top-level stages before that site. A second,
-shorter forward of the perturbed rows gets these outputs (its rows of them) instead of computing them. Model code
+shorter forward of the perturbed rows gets these outputs (its rows of them) instead of computing them. Rows whose first
+perturbed sites lie far apart fork in several places, each group in a forward of its own (``forks_of``). Model code
 between the stages runs again, so nothing needs to know it. Where a recording cannot be trusted, ``Tape.refusal`` says
 why and the second forward computes everything: slower, never wrong.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from .hosts.base import Call, intercept, take_rows
+from .scheduler import Plan, Rows
 
 Stage = tuple[str, torch.nn.Module]
 
@@ -28,16 +30,18 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 class Tape:
-    """Outputs of the stages before the fork, noted in one forward and replayed in the next.
+    """Outputs of the stages before the forks, noted in one forward and replayed in the next.
 
     Args:
-        stages: the stages before the fork, in execution order.
-        chain: a stage needs the previous one only, so that the last output is enough.
+        stages: the stages of the model in execution order.
+        chain: a stage needs the previous one only, so that the last output before each fork is enough.
+        forks: for each fork how many stages come before it.
     """
 
-    def __init__(self, stages: Sequence[Stage], chain: bool):
-        self.stages = list(stages)
+    def __init__(self, stages: Sequence[Stage], chain: bool, forks: Collection[int]):
+        self.stages = list(stages[: max(forks)])
         self.chain = chain
+        self.forks = frozenset(forks)
         self._outputs: list[Any] = []
         self._versions: list[list[int]] = []
         self._called: list[str] = []
@@ -49,9 +53,8 @@ class Tape:
         def note(name: str) -> Callable[..., Any]:
             def around(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 output = call(*args, **kwargs)
-                if self.chain:
-                    self._outputs.clear()
-                    self._versions.clear()
+                if self.chain and self._called and len(self._called) not in self.forks:
+                    self._outputs[-1], self._versions[-1] = None, []
                 kept = _kept(output)
                 self._outputs.append(kept)
                 self._versions.append([t._version for t in _tensors(kept) if not t.is_inference()])
@@ -60,36 +63,36 @@ class Tape:
 
             return around
 
-        with self._intercepting(note):
+        with self._intercepting(self.stages, note):
             yield
 
     @contextmanager
-    def replaying(self, rows: torch.Tensor, batch: int) -> Iterator[None]:
-        """Give the stages inside the block their noted outputs, of the chosen rows."""
-        chosen = [take_rows(output, rows, batch) for output in self._outputs]
-        outputs = chosen * len(self._called) if self.chain else chosen
-        by_name = dict(zip(self._called, outputs, strict=True))
+    def replaying(self, rows: torch.Tensor, batch: int, fork: int) -> Iterator[None]:
+        """Give the first ``fork`` stages inside the block their noted outputs, of the chosen rows."""
+        kept = self._outputs[fork - 1 : fork] if self.chain else self._outputs[:fork]
+        chosen = [take_rows(output, rows, batch) for output in kept]
+        by_name = dict(zip(self._called[:fork], chosen * fork if self.chain else chosen, strict=True))
 
         def give(name: str) -> Callable[..., Any]:
             return lambda call, args, kwargs: by_name[name]
 
-        with self._intercepting(give):
+        with self._intercepting(self.stages[:fork], give):
             yield
 
     @contextmanager
-    def _intercepting(self, around: Callable[[str], Callable[..., Any]]) -> Iterator[None]:
+    def _intercepting(self, stages: Sequence[Stage], around: Callable[[str], Callable[..., Any]]) -> Iterator[None]:
         restores = []
         try:
-            for name, module in self.stages:
+            for name, module in stages:
                 restores.append(intercept(module, around(name)))
             yield
         finally:
             for restore in reversed(restores):
                 restore()
 
-    def covers(self, site: str) -> bool:
-        """Whether a site lies in a stage that is replayed rather than run."""
-        return any(site.startswith(f"{name}.") for name, _ in self.stages)
+    def covers(self, site: str, fork: int) -> bool:
+        """Whether a site lies in one of the first ``fork`` stages, which are replayed rather than run."""
+        return any(site.startswith(f"{name}.") for name, _ in self.stages[:fork])
 
     @property
     def refusal(self) -> str | None:
@@ -119,6 +122,27 @@ def stages_before(stages: Sequence[Stage], site_names: Sequence[str]) -> list[St
             return before
         before.append((name, module))
     return []
+
+
+def forks_of(rows: Rows, stages: Sequence[Stage]) -> dict[Plan, int]:
+    """Where the perturbed rows of each guiding plan fork, as the number of stages that they do not compute again.
+
+    One more forward of some rows takes about as long as its rows and one more would: stages cost time beside that of
+    their rows. So rows leave for a forward of their own, which enters later, where that saves more than it costs:
+    ``rows x stages between the two forks > stages behind the later one``. Others fork with their earlier neighbours.
+
+    Args:
+        rows: the guiding plans of every row.
+        stages: the stages of the model in execution order.
+    """
+    lanes = [plan for row in rows for plan in row]
+    shared = [len(stages_before(stages, [site.name for site in plan.selection])) for plan in lanes]
+    places = [min(shared)]
+    for place in sorted(set(shared)):
+        spared = sum(own >= place for own in shared) * (place - places[-1])
+        if spared > len(stages) - place:
+            places.append(place)
+    return {plan: max(p for p in places if p <= own) for plan, own in zip(lanes, shared, strict=True)}
 
 
 def why_no_fork(stages: Sequence[Stage], inputs: dict[str, Any], no_fork: Sequence[str], compiled: bool) -> str | None:

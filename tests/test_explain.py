@@ -48,10 +48,10 @@ def held_by_the_tape(pipe: Any, name: str, monkeypatch: pytest.MonkeyPatch, **ca
     sizes, text = [], []
     replaying = Tape.replaying
 
-    def measured(self: Tape, rows: Any, batch: int) -> Any:
+    def measured(self: Tape, *args: Any) -> Any:
         kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(self._outputs)}
         sizes.append(sum(kept.values()))
-        return replaying(self, rows, batch)
+        return replaying(self, *args)
 
     def note(module: Any, args: Any, kwargs: Any) -> None:
         text.append(kwargs["encoder_hidden_states"].shape[1])
@@ -75,6 +75,22 @@ def test_the_tape_takes_as_much_as_was_said(
     with attnsteer.steer(pipe, SoftPAG(Where(layers=layers))) as steering:
         held, text = held_by_the_tape(pipe, name, monkeypatch, batch=batch)
         assert steering.explain(**SHAPE, batch=batch, text=text).bytes["tape"] == held
+
+
+def test_several_forks_are_told_with_their_rows_and_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pipelines.build("sd3")
+    layers = [3, 1, 0, 1, 3]
+    with attnsteer.attach(pipe, variants=[None, *(SoftPAG(Where(layers=n)) for n in layers)]) as steering:
+        held, text = held_by_the_tape(pipe, "sd3", monkeypatch, batch=6)
+        found = steering.explain(**SHAPE, text=text)
+    assert found.fork == (
+        "nothing is shared: the first stage is perturbed (1 of 5 rows); "
+        "enters before transformer_blocks.1: 1 of 4 stages are shared (2 of 5 rows); "
+        "enters before transformer_blocks.3: 3 of 4 stages are shared (2 of 5 rows)"
+    )
+    assert found.shared == sum(layers) / 5 / 4
+    assert found.extra == "in each guided step 3 more forwards of conditional rows (1 for each picture)"
+    assert found.bytes["tape"] == held
 
 
 @pytest.mark.parametrize("name", ["flux", "pixart", "qwen"])

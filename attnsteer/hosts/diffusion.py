@@ -3,7 +3,8 @@
 ``d = w (cond - perturbed)`` is added to the model output that arrives at ``scheduler.step``. That gives the published
 ``uncond + s (cond - uncond) + d`` whatever the pipeline does before: one batch in either order, sequential passes, no
 classifier-free guidance, rescaled or norm-matched guidance. By then it is also known how many rows the latents have,
-hence which rows of the denoiser's batch were conditional; so the perturbed rows are computed there, in one forward.
+hence which rows of the denoiser's batch were conditional; so the perturbed rows are computed there, those that fork at
+the same stage in one forward.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from ..binding import Binding
 from ..clock import Clock
 from ..errors import NotReachedError, SteeringError
-from ..fork import Tape, stages_before, why_no_fork
+from ..fork import Tape, forks_of, why_no_fork
 from ..lanes import cfg_lanes
 from ..lending import Borrower, Loan, lending
 from ..logits import compute_dtype
@@ -73,7 +74,7 @@ class DiffusionSession:
         self._nurse = Nurse(rows, pipe, self._nursed, self._parts)
         self._names = [site.name for site in wanted_sites(rows)]
         self.extra_rows = 0  # rows computed for perturbed lanes so far
-        self.unforked: dict[str, int] = {}  # why whole forwards were needed, and how often
+        self.unforked: dict[str, int] = {}  # why steps shared nothing, and how often
 
     # ---- lifecycle ---------------------------------------------------------------------------------------------------
     def start(self) -> None:
@@ -209,16 +210,17 @@ class DiffusionSession:
         """Run the conditional forward, noting what the perturbed rows can share."""
         family = denoisers.family_of(model)
         tape: Tape | None = None
+        forks: dict[Plan, int] = {}
         why: str | None = "the family has no descriptor"
         if family is not None:
             every = denoisers.stages(model, family)
             why = why_no_fork(every, inputs, family.no_fork, compiled)
-            shared = [] if why else stages_before(every, [s.name for s in wanted_sites(guiding)])
-            tape = Tape(shared, family.chain) if shared else None
+            forks = {} if why else forks_of(guiding, every)
+            tape = Tape(every, family.chain, forks.values()) if any(forks.values()) else None
         self._forward = None
         with tape.recording() if tape else nullcontext():
             output = call(*args, **kwargs)
-        self._forward = Recorded(model, call, inputs, output, tape, why, loans)
+        self._forward = Recorded(model, call, inputs, output, tape, forks, why, loans)
         return output
 
     def _active(self, which: Callable[[Plan], bool]) -> PlanRows:
@@ -308,7 +310,11 @@ class DiffusionSession:
             for plan in row_of(guiding, row, samples)
             if (scale := plan.processor.guidance(self._clock.timestep)) != 0
         ]
-        return self._guide(forward, model_output, lanes) if lanes else model_output
+        if not lanes:
+            return model_output
+        if why := forward.refusal:
+            self.unforked[why] = self.unforked.get(why, 0) + 1
+        return self._guide(forward, model_output, lanes)
 
     def _guide(self, forward: Recorded, model_output: Tensor, lanes: Sequence[Lane]) -> Tensor:
         """``model_output + sum of w (cond - perturbed)`` over the lanes; rows without a lane keep their bits."""
@@ -319,9 +325,11 @@ class DiffusionSession:
         channels = min(model_output.shape[1], denoisers.sample_of(family, forward.inputs).shape[1])
         first = cfg_lanes(batch, samples, self._parts(forward.model))["cond"].rows.start
         device, wide = model_output.device, compute_dtype(model_output)
+        groups = forward.groups(lanes)
+        lanes = [lane for _, group in groups for lane in group]
         rows = self._constant(tuple(lane.row for lane in lanes), torch.long, device)
         cond_rows = self._constant(tuple(lane.row + first for lane in lanes), torch.long, device)
-        perturbed = prediction(self._perturbed(forward, cond_rows, lanes, first, batch, samples))
+        perturbed = torch.cat([self._perturbed(forward, *group, first, batch, samples) for group in groups])
         cond = prediction(forward.output).index_select(0, cond_rows)
         delta = cond[:, :channels].to(wide) - perturbed[:, :channels].to(wide)
         if delta.shape[2:] != model_output.shape[2:] or channels > delta.shape[1]:
@@ -340,17 +348,18 @@ class DiffusionSession:
         return torch.where(touched.view(spread), guided, model_output)
 
     def _perturbed(
-        self, forward: Recorded, rows: Tensor, lanes: Sequence[Lane], first: int, batch: int, samples: int
-    ) -> Any:
-        """One forward of the perturbed rows alone, from the fork on where that is safe."""
+        self, forward: Recorded, fork: int, lanes: Sequence[Lane], first: int, batch: int, samples: int
+    ) -> Tensor:
+        """The predictions of some perturbed rows: one forward of these alone, from their fork on."""
         family = denoisers.family_of(forward.model)
+        numbers = tuple(lane.row + first for lane in lanes)
+        rows = self._constant(numbers, torch.long, denoisers.sample_of(family, forward.inputs).device)
         inputs = denoisers.rows_of(family, forward.inputs, rows, batch)
         for name in family.lists if family else ():
             if len(inputs[name]) == batch:
                 inputs[name] = [inputs[name][first + lane.row] for lane in lanes]
         plain = self._active(lambda plan: not plan.guides)
         wanted = [(*row_of(plain, lane.row, samples), lane.plan) for lane in lanes]
-        numbers = tuple(lane.row + first for lane in lanes)
 
         def borrow(plan: Plan, site: Site) -> Borrower:
             return Borrower(limited(plan, site, plain, rows.device), forward.loans[site], numbers, rows)
@@ -358,17 +367,14 @@ class DiffusionSession:
         bindings = self._bindings.again(forward.model, inputs, wanted, borrow)
         for binding in bindings.values():
             binding.step = self._step(rows.device)
-        why = forward.why_whole or (forward.tape.refusal if forward.tape else None)
-        if why:
-            self.unforked[why] = self.unforked.get(why, 0) + 1
         self.extra_rows += len(lanes)
-        if forward.tape is None or why:
+        if forward.tape is None or not fork:
             with holding(numbers), steering(forward.model, bindings):
-                return forward.call(**inputs)
+                return prediction(forward.call(**inputs))
         # what was edited before the fork is in the recording
-        behind = {site: binding for site, binding in bindings.items() if not forward.tape.covers(site.name)}
-        with holding(numbers), steering(forward.model, behind), forward.tape.replaying(rows, batch):
-            return forward.call(**inputs)
+        behind = {site: binding for site, binding in bindings.items() if not forward.tape.covers(site.name, fork)}
+        with holding(numbers), steering(forward.model, behind), forward.tape.replaying(rows, batch, fork):
+            return prediction(forward.call(**inputs))
 
     def _nursed(
         self, model: torch.nn.Module, inputs: dict[str, Any], samples: int, pictures: Sequence[int]

@@ -1,8 +1,8 @@
 """From candidate sets to mean scores: which pictures are missing, who makes them, in which batches.
 
-Pictures are sorted by the first perturbed layer of their set, so that a batch forks late and in one place; batches are
+Pictures are sorted by the first perturbed layer of their set, so that a batch forks late and in few places; batches are
 dealt to the processes in turn. Every batch has the same number of rows (the last repeats one), so that a picture does
-not depend on how many others were missing.
+not depend on how many others were missing, but for rounding where a batch forks in several places.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ def test_the_fork_equals_both_lanes_in_one_batch(name, fork, monkeypatch):
     middle, last = sites[len(sites) // 2], sites[-1]
     chosen = {middle.layer: [0, 2], last.layer: [1]}
     if not fork:
-        monkeypatch.setattr("attnsteer.hosts.diffusion.stages_before", lambda *_: [])
+        monkeypatch.setattr("attnsteer.fork.stages_before", lambda *_: [])
     scheduler = Scheduler()
     share, guide = SharedSelfAttention(EVERY, frames=3), SoftPAG(Where(heads=chosen), strength=0.75, scale=2.0)
     with torch.no_grad(), attnsteer.steer(model, share, guide, scheduler=scheduler) as steering:
@@ -182,7 +182,7 @@ def test_pipelines_in_whole_and_forked_and_nothing_at_strength_zero(name, monkey
     with attnsteer.steer(pipe, share, guide) as steering:
         forked = latents(pipe, name, batch=2)
         assert steering.session.unforked == {}
-        monkeypatch.setattr("attnsteer.hosts.diffusion.stages_before", lambda *_: [])
+        monkeypatch.setattr("attnsteer.fork.stages_before", lambda *_: [])
         torch.testing.assert_close(latents(pipe, name, batch=2), forked, rtol=1e-9, atol=1e-9)
     results = {}
     for key, methods in {
