@@ -65,19 +65,22 @@ def rehearse(
         words: for each prompt the words or phrases to find, each with all its occurrences.
         where: layers, heads and steps to look at. Of UNet layers those count whose resolution is next to a quarter of
             the latent's sides (ConsiStory's 32 x 32 for SDXL).
-        **call: further arguments of the pipeline call, as in the run to come.
+        **call: further arguments of the pipeline call, as in the run to come; one picture for each prompt.
 
     Returns:
         For each prompt bool masks ``(words, height, width)`` on the token grid, no two of a prompt sharing a token:
         of several words that are bright there, the one whose map is brightest relative to its own maximum has it.
 
     Raises:
-        SteeringError: no pipeline with cross-attention, or a word that its prompt does not have.
+        SteeringError: no pipeline with cross-attention, several pictures of a prompt, or a word that its prompt does
+            not have.
     """
     if not is_pipeline(pipe) or not hasattr(pipe, "tokenizer"):
         raise SteeringError(f"rehearse needs a Diffusers pipeline with a tokenizer, not {type(pipe).__name__}.")
     if len(words) != len(prompts) or not prompts or isinstance(prompts, str) or not all(words):
         raise SteeringError(f"Give a list of prompts and words for each; got {len(prompts)} and {len(words)}.")
+    if (call.get("num_images_per_prompt") or 1) != 1:
+        raise SteeringError("A rehearsal makes one picture for each prompt: repeat the prompts for more.")
     columns = [
         [_columns(pipe.tokenizer, prompt, word) for word in each] for prompt, each in zip(prompts, words, strict=True)
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,13 +58,14 @@ class Reading:
 class PromptWatch:
     """Remembers the prompts of a pipeline call: ``encode_prompt`` gets them once more after ``check_inputs``.
 
-    Attributes:
-        given: the arguments of the first ``encode_prompt`` of the call in progress, None before.
+    Args:
+        check: is shown the arguments of the first ``encode_prompt`` of every call, and may refuse them.
     """
 
-    def __init__(self, pipe: Any):
+    def __init__(self, pipe: Any, check: Callable[[Mapping[str, Any]], None] | None = None):
         self.pipe = pipe
-        self.given: dict[str, Any] | None = None
+        self._check = check
+        self._given: dict[str, Any] | None = None
         self._fresh = True
         self._attached = True
         self._ours: dict[str, Any] = {}
@@ -89,20 +90,28 @@ class PromptWatch:
             if self._attached and self._fresh:  # the negative prompt may be encoded by a second call
                 bound = signature.bind(*args, **kwargs)
                 bound.apply_defaults()
-                self.given, self._fresh = dict(bound.arguments), False
+                self._given, self._fresh = dict(bound.arguments), False
+                if self._check:
+                    self._check(self._given)
             return encode(*args, **kwargs)
 
         return note
 
     @property
+    def given(self) -> dict[str, Any] | None:
+        """The arguments of the first ``encode_prompt`` of the call in progress, None before.
+
+        Who asks is denoising, so the next prompt is that of another run: hand-written loops have no ``check_inputs``.
+        """
+        self._fresh = True
+        return self._given
+
+    @property
     def samples(self) -> int | None:
         """How many pictures the call in progress makes; None where it cannot be told."""
-        if self.given is None:
-            return None
-        prompts, embeds = self.given.get("prompt"), self.given.get("prompt_embeds")
-        count = 1 if isinstance(prompts, str) else len(prompts) if prompts is not None else None
-        count = len(embeds) if count is None and embeds is not None else count
-        return None if count is None else count * int(self.given.get("num_images_per_prompt") or 1)
+        given = self.given
+        count = None if given is None else prompts_in(given)
+        return None if given is None or count is None else count * pictures_each(given)
 
     def detach(self) -> None:
         self._attached = False
@@ -116,9 +125,10 @@ class PromptWatch:
     # ---- prompts -----------------------------------------------------------------------------------------------------
     def prompt(self, name: str, row: int, samples: int) -> str | None:
         """The text that an encoder got for a picture; None where embeddings were given."""
-        if self.given is None or self.given.get("prompt") is None:
+        given = self.given
+        if given is None or given.get("prompt") is None:
             return None
-        prompts = self.given.get(name) or self.given["prompt"]
+        prompts = given.get(name) or given["prompt"]
         listed = [prompts] if isinstance(prompts, str) else list(prompts)
         return listed[row * len(listed) // samples]
 
@@ -142,6 +152,19 @@ class PromptWatch:
         assert self.given is not None
         limit = self.given["max_sequence_length"] if encoder.adjustable else tokenizer.model_max_length
         return tokenizer, list(tokenizer(text, truncation=True, max_length=limit).input_ids)
+
+
+def prompts_in(given: Mapping[str, Any]) -> int | None:
+    """How many prompts the arguments of ``encode_prompt`` hold; None where it cannot be told."""
+    prompts, embeds = given.get("prompt"), given.get("prompt_embeds")
+    if prompts is None:
+        return None if embeds is None else len(embeds)
+    return 1 if isinstance(prompts, str) else len(prompts)
+
+
+def pictures_each(given: Mapping[str, Any]) -> int:
+    """How many pictures (or videos) are made for each of these prompts."""
+    return int(given.get("num_images_per_prompt") or given.get("num_videos_per_prompt") or 1)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

@@ -80,6 +80,8 @@ def test_wrong_input_is_refused():
         rehearse(pipe, PROMPTS, [["dog"], ["bird"], ["car"]], **call("sd15"))
     with pytest.raises(SteeringError, match="words for each; got 3 and 1"):
         rehearse(pipe, PROMPTS, [["dog"]])
+    with pytest.raises(SteeringError, match="one picture for each prompt"):
+        rehearse(pipe, PROMPTS, WORDS, **call("sd15"), num_images_per_prompt=2)
     with pytest.raises(SteeringError, match="with a tokenizer"):
         rehearse(pipe.unet, PROMPTS, WORDS)
     with pytest.raises(SteeringError, match="no cross attention"):
