@@ -38,6 +38,8 @@ LAYOUTS: Mapping[str, tuple[Encoder, ...]] = {
     "FLUX": (Encoder("tokenizer_2", "prompt_2", None, True),),
 }
 """The encoders whose tokens stand one after another among the text keys, by family."""
+ENCODERS = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2", "tokenizer_3": "text_encoder_3"}
+"""The encoder of each tokenizer. Where it is missing (SD3 without T5) its keys hold zeros instead of words."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class PromptWatch:
         self.pipe = pipe
         self._check = check
         self._given: dict[str, Any] | None = None
+        self._absent: set[str] = set()
         self._fresh = True
         self._attached = True
         self._ours: dict[str, Any] = {}
@@ -91,6 +94,7 @@ class PromptWatch:
                 bound = signature.bind(*args, **kwargs)
                 bound.apply_defaults()
                 self._given, self._fresh = dict(bound.arguments), False
+                self._absent = {part for part in ENCODERS.values() if getattr(self.pipe, part, None) is None}
                 if self._check:
                     self._check(self._given)
             return encode(*args, **kwargs)
@@ -132,15 +136,16 @@ class PromptWatch:
         listed = [prompts] if isinstance(prompts, str) else list(prompts)
         return listed[row * len(listed) // samples]
 
-    def ids(self, encoder: Encoder, row: int, samples: int) -> tuple[Any, list[int]] | None:
-        """The tokenizer and the token ids of a picture's prompt without padding; None where they are not known."""
-        tokenizer = getattr(self.pipe, encoder.tokenizer, None)
-        prompt_name, twin = encoder.prompt, encoder.twin
-        if tokenizer is None and twin:  # the refiner of SDXL has the second one only
-            (tokenizer_name, prompt_name), twin = twin, None
-            tokenizer = getattr(self.pipe, tokenizer_name, None)
-        text = self.prompt(prompt_name, row, samples)
-        if tokenizer is None or text is None:
+    def ids(self, encoder: Encoder, row: int, samples: int, cut: bool = True) -> tuple[Any, list[int]] | None:
+        """The tokenizer and the token ids of a picture's prompt without padding; None where they are not known.
+
+        ``cut=False``: also those behind the length that the encoder reads.
+        """
+        name, prompt_name, twin = encoder.tokenizer, encoder.prompt, encoder.twin
+        if twin and getattr(self.pipe, name, None) is None:  # the refiner of SDXL has the second one only
+            (name, prompt_name), twin = twin, None
+        tokenizer, text = getattr(self.pipe, name, None), self.prompt(prompt_name, row, samples)
+        if tokenizer is None or text is None or ENCODERS[name] in self._absent:
             return None
         if twin and self.prompt(twin[1], row, samples) != text:
             raise SteeringError(
@@ -151,7 +156,7 @@ class PromptWatch:
         text = convert(text, tokenizer) if convert else text
         assert self.given is not None
         limit = self.given["max_sequence_length"] if encoder.adjustable else tokenizer.model_max_length
-        return tokenizer, list(tokenizer(text, truncation=True, max_length=limit).input_ids)
+        return tokenizer, list(tokenizer(text, truncation=cut, max_length=limit if cut else None).input_ids)
 
 
 def prompts_in(given: Mapping[str, Any]) -> int | None:
@@ -171,7 +176,8 @@ def pictures_each(given: Mapping[str, Any]) -> int:
 def readings(
     watch: PromptWatch | None, family: str, picture: tuple[int, int], groups: Groups, keys: int, padding: bool
 ) -> list[Reading]:
-    """What is read for one picture, one entry for each text encoder that holds the words (one may be cut off before).
+    """What is read for one picture, one entry for each text encoder that holds all the words (one may be cut off
+    before).
 
     Args:
         picture: which of how many.
@@ -179,41 +185,63 @@ def readings(
         padding: all keys but the first and the last, see ``Nursing.padding``.
 
     Raises:
-        SteeringError: a word that the prompt does not have, with the prompt's tokens; or no prompt to look in.
+        SteeringError: a word that the prompt does not have, with the prompt's tokens; words that no encoder reads all
+            of; or no prompt to look in.
     """
-    found, start, first = [], 0, None
+    found, start, known = [], 0, None
     encoders = LAYOUTS[family]
     for number, encoder in enumerate(encoders):
         if start >= keys:
             break
         spelled = watch.ids(encoder, *picture) if watch else None
-        first, stop = first or spelled, keys
+        known, stop = known or (encoder if spelled else None), keys
         if watch is not None and number < len(encoders) - 1:
             stop = start + watch.pipe.tokenizer_max_length
         part = _part(spelled, groups, start, stop, padding)
         if part is not None:
             found.append(part)
         start = stop
-    if not found and first:
-        place(*first, groups)  # says which word is missing
+    if not found and watch and known:
+        _missing(watch, known, picture, groups)
     if not found:
         raise SteeringError(_nowhere(watch, groups, keys))
     return found
 
 
+def _missing(watch: PromptWatch, encoder: Encoder, picture: tuple[int, int], groups: Groups) -> None:
+    """Say which word the prompt lacks, or which one an encoder does not read any more.
+
+    Raises:
+        SteeringError: there is such a word.
+    """
+    spelled, whole = watch.ids(encoder, *picture), watch.ids(encoder, *picture, cut=False)
+    if not spelled or not whole:
+        return
+    place(*whole, groups)
+    lost = next((word for word in _words(groups) if not find_each(*spelled, word)), None)
+    if lost is not None:
+        raise SteeringError(
+            f"The word {lost!r} is cut off: the {len(spelled[1])} tokens that are read of the prompt are "
+            f"{spell(*spelled)}. Say it earlier, or in fewer words."
+        )
+
+
+def _words(groups: Groups) -> list[str]:
+    return [word for group in groups for word in group if isinstance(word, str)]
+
+
 def _part(
     spelled: tuple[Any, list[int]] | None, groups: Groups, start: int, stop: int, all_keys: bool
 ) -> Reading | None:
-    """The reading of the text keys ``start`` to ``stop``; None where no word of the groups is among them."""
+    """The reading of the text keys ``start`` to ``stop``; None where a word of the groups is not among them."""
     if spelled is None:
-        if any(isinstance(word, str) for group in groups for word in group):
+        if _words(groups):
             return None
         content = list(range(start + all_keys, stop - all_keys))
         placed = groups
     else:
         tokenizer, ids = spelled
-        words = [word for group in groups for word in group if isinstance(word, str)]
-        if words and not any(find_each(tokenizer, ids, word) for word in words):
+        if not all(find_each(tokenizer, ids, word) for word in _words(groups)):
             return None
         special = set(tokenizer.all_special_ids)
         content = [start + i for i, token in enumerate(ids) if token not in special]
