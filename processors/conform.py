@@ -89,9 +89,12 @@ class Conform(Processor):
             level=self.level,
         )
 
+    def prepare(self, maps: Tensor) -> Tensor:
+        return smooth(column_softmax(maps) if self.softmax else maps)
+
     def loss(self, views: Sequence[TokenMaps], memory: Tensor | None, moment: Moment) -> Slope:
         """The loss of one picture; remembers its vectors for the next step."""
-        entries = subject_entries(views, lambda maps: smooth(column_softmax(maps) if self.softmax else maps))
+        entries = subject_entries(views, self.prepare, apart=not self.softmax)
         labels = [g for g, group in enumerate(entries) for word in group for _ in word]
         now = torch.stack([x.flatten() for group in entries for word in group for x in word])
         vectors = now if memory is None else torch.cat([now, memory])

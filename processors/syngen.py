@@ -98,7 +98,7 @@ class SynGen(Processor):
 
     def _of(self, view: TokenMaps) -> Tensor:
         maps = [as_distribution(x) for x in view.maps]
-        everything = {*view.rest, *(i for group in view.groups for word in group for i in word)}
+        everything = {*view.others, *(i for group in view.groups for word in group for i in word)}
         terms = []
         for group in view.groups:
             others = [maps[i] for i in sorted(everything - {i for word in group for i in word})]

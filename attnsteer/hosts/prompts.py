@@ -49,12 +49,13 @@ class Reading:
     Attributes:
         columns: positions among the text keys.
         groups: group -> word -> positions among ``columns``.
-        rest: positions among ``columns`` of the other words.
+        rest: positions among ``columns`` of the other words; None where embeddings do not say which keys are words, so
+            that ``columns`` has those of the groups alone.
     """
 
     columns: tuple[int, ...]
     groups: tuple[tuple[tuple[int, ...], ...], ...]
-    rest: tuple[int, ...]
+    rest: tuple[int, ...] | None
 
 
 class PromptWatch:
@@ -218,30 +219,37 @@ def _missing(watch: PromptWatch, encoder: Encoder, picture: tuple[int, int], gro
     if not spelled or not whole:
         return
     place(*whole, groups)
-    lost = next((word for word in _words(groups) if not find_each(*spelled, word)), None)
-    if lost is not None:
+    lost = _lacking(*spelled, groups)
+    if lost:
         raise SteeringError(
-            f"The word {lost!r} is cut off: the {len(spelled[1])} tokens that are read of the prompt are "
+            f"The word {lost[0]!r} is cut off: the {len(spelled[1])} tokens that are read of the prompt are "
             f"{spell(*spelled)}. Say it earlier, or in fewer words."
         )
 
 
 def _words(groups: Groups) -> list[str]:
-    return [word for group in groups for word in group if isinstance(word, str)]
+    return [word.lower() for group in groups for word in group if isinstance(word, str)]
+
+
+def _lacking(tokenizer: Any, ids: Sequence[int], groups: Groups) -> list[str]:
+    """The words that are not there as often as the groups name them."""
+    words = _words(groups)
+    return [word for word in words if len(find_each(tokenizer, ids, word)) < words.count(word)]
 
 
 def _part(
     spelled: tuple[Any, list[int]] | None, groups: Groups, start: int, stop: int, all_keys: bool
 ) -> Reading | None:
     """The reading of the text keys ``start`` to ``stop``; None where a word of the groups is not among them."""
+    content: list[int] | None
     if spelled is None:
         if _words(groups):
             return None
-        content = list(range(start + all_keys, stop - all_keys))
+        content = list(range(start + 1, stop - 1)) if all_keys else None
         placed = groups
     else:
         tokenizer, ids = spelled
-        if not all(find_each(tokenizer, ids, word) for word in _words(groups)):
+        if _lacking(tokenizer, ids, groups):
             return None
         special = set(tokenizer.all_special_ids)
         content = [start + i for i, token in enumerate(ids) if token not in special]
@@ -254,15 +262,13 @@ def _part(
             f"tokens={groups!r}: the text keys {start} to {stop - 1} are those of one text encoder and hold some of "
             "the words but not all: name each word there, or none."
         )
-    columns = list(range(start + 1, stop - 1)) if all_keys else content
-    missing = sorted({i for group in wanted for word in group for i in word} - set(columns))
-    columns = sorted({*columns, *missing})
-    position = {key: i for i, key in enumerate(columns)}
     named = {i for group in wanted for word in group for i in word}
+    columns = sorted({*(range(start + 1, stop - 1) if all_keys else content or ()), *named})
+    position = {key: i for i, key in enumerate(columns)}
     return Reading(
         tuple(columns),
         tuple(tuple(tuple(position[i] for i in word) for word in group) for group in wanted),
-        tuple(position[i] for i in content if i not in named and i in position),
+        None if content is None else tuple(position[i] for i in content if i not in named and i in position),
     )
 
 
@@ -287,7 +293,7 @@ def place(tokenizer: Any, ids: Sequence[int], groups: Groups, start: int = 0) ->
         SteeringError: a word that does not occur, or is named more than once but not once for each occurrence; says
             which tokens there are.
     """
-    mentions = [word.lower() for group in groups for word in group if isinstance(word, str)]
+    mentions = _words(groups)
     turn: dict[str, int] = {}
 
     def find(word: Word) -> tuple[int, ...]:
