@@ -76,8 +76,7 @@ class TokenMaps:
         return weighted_mean(list(self.levels.values()))
 
 
-    @property
-    def others(self) -> tuple[int, ...]:
+    def other_words(self) -> tuple[int, ...]:
         """``rest``, for losses that need all words of the prompt.
 
         Raises:
@@ -255,7 +254,7 @@ def subject_entries(
     """
     if not apart:
         for view in views:
-            view.others  # noqa: B018 - says where they are not known
+            view.other_words()  # says where they are not known
     prepared = [prepare(read(view) if read else view.maps) for view in views]
     if len(views) == 1:
         return [[[prepared[0][i] for i in word] for word in group] for group in views[0].groups]

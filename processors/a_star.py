@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from attnsteer.errors import SteeringError
 from attnsteer.maps import column_softmax, component, otsu, overlap, smooth
 from attnsteer.nursing import Moment, Nursing, Slope, TokenMaps, mean_map, root_decay, subject_entries, word_groups
-from attnsteer.processor import Processor, check_choice, check_number
+from attnsteer.processor import Processor, check_choice, check_integer, check_number, check_numbers
 from attnsteer.site import Kind
 
 
@@ -103,8 +103,10 @@ class AStar(Processor):
                 f"AStar has one map for each subject, and {several!r} are {len(several)} words: name the noun, or the "
                 f"phrase as one string ({' '.join(map(str, several))!r}), whose tokens are averaged."
             )
-        for name in ("seg_weight", "ret_weight", "scale_factor", "level"):
+        for name in ("seg_weight", "ret_weight", "scale_factor"):
             check_number(self, name, 0)
+        check_numbers(self, "scale_range", 2, 0)
+        check_integer(self, "level")
         check_choice(self, "mask", ("auto", "otsu", "relative"))
         if self.layout is not None and (self.layout.dim() != 3 or self.layout.shape[0] != len(groups)):
             raise SteeringError(

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from attnsteer.maps import column_softmax, smooth
 from attnsteer.nursing import Moment, Nursing, Slope, TokenMaps, root_decay, subject_entries, word_groups
-from attnsteer.processor import Processor, check_number
+from attnsteer.processor import Processor, check_integer, check_number, check_numbers, check_thresholds
 from attnsteer.site import Kind
 
 
@@ -75,8 +75,11 @@ class AttendAndExcite(Processor):
 
     def __post_init__(self) -> None:
         word_groups(self)
-        for name in ("scale_factor", "max_iter_to_alter", "max_refinement_steps", "level"):
-            check_number(self, name, 0)
+        check_number(self, "scale_factor", 0)
+        check_numbers(self, "scale_range", 2, 0)
+        check_thresholds(self, "thresholds")
+        for name in ("max_iter_to_alter", "max_refinement_steps", "level"):
+            check_integer(self, name)
 
     @property
     def inert(self) -> bool:
