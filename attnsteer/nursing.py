@@ -7,6 +7,9 @@ All methods of this kind (generative semantic nursing) share one loop, that of A
 
 A method gives a ``Nursing``: which words, which loss, how long the steps. What a loss sees are ``TokenMaps`` of one
 picture; the hosts find the words in the prompt, take the maps from a gradient pass and move the latent.
+
+The scheduler must go on from the latent it is given. PNDM (the usual one of SD 1.x) does not in its second step, whose
+update is lost; schedulers that lose more of them are refused.
 """
 
 from __future__ import annotations
@@ -74,7 +77,6 @@ class TokenMaps:
             found = ", ".join(f"{h} x {w}" for h, w in sorted(sizes))
             raise SteeringError(f"The selected layers have maps of different sizes ({found}): choose layers of one.")
         return weighted_mean(list(self.levels.values()))
-
 
     def other_words(self) -> tuple[int, ...]:
         """``rest``, for losses that need all words of the prompt.
