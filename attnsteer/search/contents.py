@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import PurePath
 from types import BuiltinFunctionType, CodeType, EllipsisType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -86,8 +87,10 @@ def _parts(value: Any, inside: tuple[int, ...]) -> list[str]:
     if isinstance(value, CodeType):
         parts = value.co_code, value.co_names, value.co_consts
     elif isinstance(value, FunctionType):
-        held = dict(zip(value.__code__.co_freevars, value.__closure__ or (), strict=True))
-        filled = {name: cell.cell_contents for name, cell in held.items() if cell != type(cell)()}  # some are empty yet
+        filled = {}
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            with suppress(ValueError):  # empty yet
+                filled[name] = cell.cell_contents
         parts = value.__code__, value.__defaults__, value.__kwdefaults__, filled
     else:
         parts = value.func, value.args, value.keywords
