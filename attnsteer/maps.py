@@ -40,9 +40,10 @@ def smooth(maps: Tensor, std: float = math.sqrt(0.5)) -> Tensor:
 
 
 def overlap(a: Tensor, b: Tensor) -> Tensor:
-    """``sum min(a, b) / sum (a + b)``, in [0, 1/2]; 1/2 where both are equal, 0 where nothing is there."""
+    """``sum min(a, b) / sum (a + b)``, in [0, 1/2]; 1/2 where both are equal, 0 without gradient where nothing is."""
     total = (a + b).sum()
-    return torch.minimum(a, b).sum() / torch.where(total > 0, total, torch.ones_like(total))
+    found = torch.minimum(a, b).sum() / torch.where(total > 0, total, torch.ones_like(total))
+    return torch.where(total > 0, found, torch.zeros_like(found))
 
 
 def total_variation(x: Tensor, compat: str = "") -> Tensor:

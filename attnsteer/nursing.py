@@ -7,6 +7,9 @@ All methods of this kind (generative semantic nursing) share one loop, that of A
 
 A method gives a ``Nursing``: which words, which loss, how long the steps. What a loss sees are ``TokenMaps`` of one
 picture; the hosts find the words in the prompt, take the maps from a gradient pass and move the latent.
+
+The scheduler must go on from the latent it is given. PNDM (the usual one of SD 1.x) does not in its second step, whose
+update is lost; schedulers that lose more of them are refused.
 """
 
 from __future__ import annotations
@@ -54,12 +57,13 @@ class TokenMaps:
     Attributes:
         levels: maps by level (how often the latent was halved; None in transformers), with gradient.
         groups: for each group, for each word, the positions of its pieces among the n tokens.
-        rest: positions of the other words of the prompt, without special tokens.
+        rest: positions of the other words of the prompt, without special tokens; None where the pipeline got
+            embeddings, so that the n tokens are those of the groups alone.
     """
 
     levels: Mapping[int | None, LevelMaps]
     groups: tuple[tuple[tuple[int, ...], ...], ...]
-    rest: tuple[int, ...] = ()
+    rest: tuple[int, ...] | None = ()
 
     @property
     def maps(self) -> Tensor:
@@ -73,6 +77,19 @@ class TokenMaps:
             found = ", ".join(f"{h} x {w}" for h, w in sorted(sizes))
             raise SteeringError(f"The selected layers have maps of different sizes ({found}): choose layers of one.")
         return weighted_mean(list(self.levels.values()))
+
+    def other_words(self) -> tuple[int, ...]:
+        """``rest``, for losses that need all words of the prompt.
+
+        Raises:
+            SteeringError: which these are is not known.
+        """
+        if self.rest is None:
+            raise SteeringError(
+                "This loss compares the subjects with the other words of the prompt, and embeddings do not say which "
+                "text keys these are: give the prompt as text, or for a UNet padding=True where the method has it."
+            )
+        return self.rest
 
 
 def weighted_mean(parts: Sequence[LevelMaps]) -> Tensor:
@@ -111,7 +128,8 @@ class Nursing:
         refine: position -> threshold of ``Slope.presence``.
         rounds: most updates of one refinement.
         padding: a UNet's maps hold all tokens but the first and the last, with the end and the padding of the prompt;
-            else only those of its words. Joint attention gives the words alone.
+            else only those of its words. Joint attention gives the words alone. Of embeddings the words are not known
+            (``TokenMaps.rest``).
         velocity: instead of moving the latent, add this multiple of the gradient to the predicted velocity.
         level, finer: which layers are read where the user leaves it open, see ``map_layers``; None: all selected ones.
         redirect: what a picture's move in a step, refinement and update together, is replaced by; for controls.
@@ -234,13 +252,22 @@ def map_layers(where: Where, sites: Sequence[Site], level: int, finer: bool = Fa
 
 
 def subject_entries(
-    views: Sequence[TokenMaps], prepare: Callable[[Tensor], Tensor], read: Callable[[TokenMaps], Tensor] | None = None
+    views: Sequence[TokenMaps],
+    prepare: Callable[[Tensor], Tensor],
+    read: Callable[[TokenMaps], Tensor] | None = None,
+    apart: bool = False,
 ) -> list[list[list[Tensor]]]:
     """Group -> word -> its maps after ``prepare``, which gets all tokens of an encoder, ``(n, h, w)``.
 
     One text encoder: a map for each piece of the word. Several: their tokens differ, so each gives the mean of its
     pieces, and these are averaged to one map.
+
+    Args:
+        apart: ``prepare`` treats each token by itself, so that the other words of the prompt need not be known.
     """
+    if not apart:
+        for view in views:
+            view.other_words()  # says where they are not known
     prepared = [prepare(read(view) if read else view.maps) for view in views]
     if len(views) == 1:
         return [[[prepared[0][i] for i in word] for word in group] for group in views[0].groups]

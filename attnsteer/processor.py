@@ -191,23 +191,52 @@ class Processor:
 def check_number(owner: Processor, name: str, low: float = -math.inf, high: float = math.inf) -> None:
     """Refuse a parameter that is no finite number in ``[low, high]``. For ``__post_init__`` of processors."""
     value = getattr(owner, name)
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not math.isfinite(value)
-        or not low <= value <= high
-    ):
+    if not _is_number(value, low, high):
         upward = f" to {high:g}" if high < math.inf else " up"
         bounds = f"a number from {low:g}{upward}" if low > -math.inf else "a finite number"
         raise SteeringError(f"{type(owner).__name__}({name}={value!r}) is out of range: allowed is {bounds}.")
 
 
+def check_numbers(owner: Processor, name: str, count: int, low: float = -math.inf) -> None:
+    """Refuse a parameter that is not a tuple of ``count`` finite numbers from ``low`` up."""
+    values = getattr(owner, name)
+    if not isinstance(values, (tuple, list)) or len(values) != count or not all(_is_number(v, low) for v in values):
+        bounds = f"numbers from {low:g} up" if low > -math.inf else "finite numbers"
+        raise SteeringError(f"{type(owner).__name__}({name}={values!r}): give a tuple of {count} {bounds}.")
+
+
 def check_integer(owner: Processor, name: str, low: int = 0, high: int | None = None) -> None:
     """Refuse a parameter that is no int from ``low`` to ``high``."""
     value = getattr(owner, name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+    if not _is_integer(value) or value < low or (high is not None and value > high):
         bounds = f"an int from {low}" + (" up" if high is None else f" to {high}")
         raise SteeringError(f"{type(owner).__name__}({name}={value!r}) is out of range: allowed is {bounds}.")
+
+
+def check_integers(owner: Processor, name: str, count: int | None = None) -> None:
+    """Refuse a parameter that is not a tuple of ints from 0 up, ``count`` of them where that is given."""
+    values = getattr(owner, name)
+    fits = isinstance(values, (tuple, list)) and count in (None, len(values))
+    if not fits or not all(_is_integer(v) and v >= 0 for v in values):
+        several = "" if count is None else f"{count} "
+        raise SteeringError(f"{type(owner).__name__}({name}={values!r}): give a tuple of {several}ints from 0 up.")
+
+
+def check_thresholds(owner: Processor, name: str) -> None:
+    """Refuse a parameter that is not a mapping of steps to finite numbers."""
+    values = getattr(owner, name)
+    fits = isinstance(values, Mapping) and all(_is_integer(k) and k >= 0 and _is_number(v) for k, v in values.items())
+    if not fits:
+        raise SteeringError(f"{type(owner).__name__}({name}={values!r}): give a number for each step, {{0: 0.05}}.")
+
+
+def _is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
+    known = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return known and math.isfinite(value) and low <= value <= high
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_choice(owner: Processor, name: str, allowed: tuple[str, ...]) -> None:

@@ -17,18 +17,15 @@ import torch
 from torch import Tensor
 
 from .attach import attach
-from .capture import probabilities
 from .errors import SteeringError
+from .hosts.prompts import place
 from .hosts.worlds import is_pipeline
 from .maps import otsu
 from .processor import Processor
 from .site import AttentionCall, Kind, Site
-from .spans import find_words
 from .steps import StepEnd
+from .subjects import look, map_sites
 from .where import Where
-
-LEVEL = 2
-"""How often the latent was halved at the layers whose maps count."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +37,12 @@ class _TextMaps(Processor):
     needs: ClassVar[tuple[str, ...]] = ("grid",)
 
     def react(self, call: AttentionCall) -> None:
-        if call.spans is None or call.spans.grid is None or call.spans.grid[0] != 1:
-            raise SteeringError(f"{call.site.name!r} has no image grid of one frame: maps of words are for pictures.")
-        found = probabilities(call, slice(None), slice(None)).mean(1)
-        call.state.setdefault("step", found)  # of several passes in a step, the first is the conditional one
-        call.state["grid"] = call.spans.grid
+        look(call)
 
     def after_step(self, states: Mapping[Site, dict[str, Any]], end: StepEnd) -> None:
         for state in states.values():
-            if "step" in state:
-                found = state.pop("step")
+            if "map" in state:
+                found = state.pop("map")
                 found = found[end.conditional(found.shape[0])]
                 state["sum"] = found if "sum" not in state else state["sum"] + found
 
@@ -62,50 +55,48 @@ def rehearse(
     Args:
         pipe: a Diffusers pipeline with cross-attention to one tokenizer's text (SD 1.x, SD 2.x, SDXL, PixArt).
         prompts: one for each picture.
-        words: for each prompt the words or phrases to find, each with all its occurrences.
+        words: for each prompt the words or phrases to find, each with all its occurrences; one that is given as often
+            as it occurs means the first, the second, and so on.
         where: layers, heads and steps to look at. Of UNet layers those count whose resolution is next to a quarter of
             the latent's sides (ConsiStory's 32 x 32 for SDXL).
-        **call: further arguments of the pipeline call, as in the run to come.
+        **call: further arguments of the pipeline call, as in the run to come; one picture for each prompt.
 
     Returns:
         For each prompt bool masks ``(words, height, width)`` on the token grid, no two of a prompt sharing a token:
         of several words that are bright there, the one whose map is brightest relative to its own maximum has it.
 
     Raises:
-        SteeringError: no pipeline with cross-attention, or a word that its prompt does not have.
+        SteeringError: no pipeline with cross-attention, several pictures of a prompt, or a word that its prompt does
+            not have.
     """
     if not is_pipeline(pipe) or not hasattr(pipe, "tokenizer"):
         raise SteeringError(f"rehearse needs a Diffusers pipeline with a tokenizer, not {type(pipe).__name__}.")
     if len(words) != len(prompts) or not prompts or isinstance(prompts, str) or not all(words):
         raise SteeringError(f"Give a list of prompts and words for each; got {len(prompts)} and {len(words)}.")
-    columns = [
-        [_columns(pipe.tokenizer, prompt, word) for word in each] for prompt, each in zip(prompts, words, strict=True)
-    ]
+    if (call.get("num_images_per_prompt") or 1) != 1:
+        raise SteeringError("A rehearsal makes one picture for each prompt: repeat the prompts for more.")
+    columns = [_columns(pipe.tokenizer, prompt, each) for prompt, each in zip(prompts, words, strict=True)]
     reader = _TextMaps(where or Where())
     with attach(pipe, reader) as steering:
         pipe(prompt=list(prompts), **{"output_type": "latent", **call})
         states = {site: state for site, state in steering.states(reader).items() if "sum" in state}
     if not states:
         raise SteeringError(f"{reader.where} saw no step of this run.")
-    levels = {site.level for site in states}
-    level = min(levels, key=lambda halved: abs((halved or 0) - LEVEL))
-    chosen = [state for site, state in states.items() if site.level == level]
+    chosen = [states[site] for site in map_sites(list(states))]
     total = torch.stack([state["sum"] for state in chosen]).sum(0)  # (B, n, text keys)
-    return [_masks(total[row], each, chosen[0]["grid"][1:]) for row, each in enumerate(columns)]
+    return [_masks(total[row], each, chosen[0]["plane"]) for row, each in enumerate(columns)]
 
 
-def _columns(tokenizer: Any, prompt: str, word: str) -> Tensor:
-    """The text keys that spell a word."""
-    ids = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt").input_ids[0]
-    found = find_words(tokenizer, ids, word).nonzero().flatten()
-    if not len(found):
-        raise SteeringError(f"The prompt {prompt!r} does not have the word {word!r}.")
-    return found
+def _columns(tokenizer: Any, prompt: str, words: Sequence[str]) -> list[list[int]]:
+    """The text keys that spell each of the words."""
+    ids = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length).input_ids
+    found = place(tokenizer, ids, tuple((word,) for word in words))
+    return [[i for i in word if isinstance(i, int)] for (word,) in found]
 
 
-def _masks(total: Tensor, columns: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+def _masks(total: Tensor, columns: Sequence[Sequence[int]], size: tuple[int, int]) -> Tensor:
     """Masks of the words of one prompt from its summed maps ``(n, text keys)``."""
-    maps = torch.stack([total[:, each.to(total.device)].mean(1) for each in columns]).cpu()
+    maps = torch.stack([total[:, list(each)].mean(1) for each in columns]).cpu()
     low, high = maps.amin(1, keepdim=True), maps.amax(1, keepdim=True)
     maps = (maps - low) / (high - low).clamp_min(torch.finfo(maps.dtype).tiny)
     bright = torch.stack([otsu(each) for each in maps])

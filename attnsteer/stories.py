@@ -2,6 +2,7 @@
 
 A story is a block of contiguous rows, the same in each lane of classifier-free guidance, so a batch holds lanes times
 stories times ``frames`` rows. Positions within a story are all that a method needs, so it does not depend on the batch.
+Several pictures of each of several prompts stand in another order; pipelines are refused such calls.
 """
 
 from __future__ import annotations

@@ -29,10 +29,12 @@ LEVEL = 2
 
 
 def map_sites(sites: Sequence[Site]) -> list[Site]:
-    """The cross-attention layers whose resolution is next to ``LEVEL``; all of them where sites have no resolution."""
+    """The cross-attention layers whose resolution is next to ``LEVEL`` (the finer one of two that are); all of them
+    where sites have no resolution."""
     cross = [site for site in sites if site.kind == "cross"]
-    best = min((abs((site.level or 0) - LEVEL) for site in cross), default=0)
-    return [site for site in cross if abs((site.level or 0) - LEVEL) == best]
+    levels = sorted(site.level or 0 for site in cross)
+    best = min(levels, key=lambda level: abs(level - LEVEL), default=0)
+    return [site for site in cross if (site.level or 0) == best]
 
 
 def look(call: AttentionCall) -> None:
@@ -77,6 +79,7 @@ def refresh(
         state["subjects"] = tuple(x.to(total.device) for x in laid[state["grid"]])
 
 
+@torch.compiler.disable
 def subject_tokens(maps: Tensor, grid: tuple[int, int, int], anchors: int) -> tuple[Tensor, Tensor]:
     """Subject tokens of maps ``(sets * anchors, words, h, w)`` on a grid: which tokens, and which entries are real,
     both ``(sets, anchors, m)``."""

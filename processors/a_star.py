@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from attnsteer.errors import SteeringError
 from attnsteer.maps import column_softmax, component, otsu, overlap, smooth
 from attnsteer.nursing import Moment, Nursing, Slope, TokenMaps, mean_map, root_decay, subject_entries, word_groups
-from attnsteer.processor import Processor, check_choice, check_number
+from attnsteer.processor import Processor, check_choice, check_integer, check_number, check_numbers
 from attnsteer.site import Kind
 
 
@@ -50,9 +50,12 @@ def retention(maps: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
 
 
 def peak_mask(x: Tensor, rule: str) -> Tensor:
-    """Where a subject is, bool ``(h, w)``: half of the peak ("relative"), or Otsu's class around the peak ("otsu")."""
+    """Where a subject is, bool ``(h, w)``: half of the peak ("relative"), or Otsu's class around the peak ("otsu").
+
+    Empty where the map is flat."""
+    x = x.detach()
     if rule == "relative":
-        return x.detach() >= 0.5 * x.detach().max()
+        return (x >= 0.5 * x.max()) & (x.max() > x.min())
     return component(otsu(x), int(x.argmax()))
 
 
@@ -94,8 +97,16 @@ class AStar(Processor):
 
     def __post_init__(self) -> None:
         groups = word_groups(self)
-        for name in ("seg_weight", "ret_weight", "scale_factor", "level"):
+        several = next((group for group in groups if len(group) > 1), None)
+        if several:
+            raise SteeringError(
+                f"AStar has one map for each subject, and {several!r} are {len(several)} words: name the noun, or the "
+                f"phrase as one string ({' '.join(map(str, several))!r}), whose tokens are averaged."
+            )
+        for name in ("seg_weight", "ret_weight", "scale_factor"):
             check_number(self, name, 0)
+        check_numbers(self, "scale_range", 2, 0)
+        check_integer(self, "level")
         check_choice(self, "mask", ("auto", "otsu", "relative"))
         if self.layout is not None and (self.layout.dim() != 3 or self.layout.shape[0] != len(groups)):
             raise SteeringError(
@@ -122,13 +133,14 @@ class AStar(Processor):
 
     def loss(self, views: Sequence[TokenMaps], memory: list[Tensor] | None, moment: Moment) -> Slope:
         """The loss of one picture; remembers the masks for the next step."""
-        maps = [mean_map(group[0]) for group in subject_entries(views, self.prepare)]
+        maps = [mean_map(group[0]) for group in subject_entries(views, self.prepare, apart=not self.softmax)]
         rule = self.mask if self.mask != "auto" else "otsu" if self.softmax else "relative"
         masks = memory if self.layout is None else self._layout(maps[0])
         loss = self.seg_weight * segregation(maps) if self.seg_weight else maps[0].new_zeros(())
         if self.ret_weight and masks is not None:
             loss = loss + self.ret_weight * retention(maps, masks)
-        return Slope(loss, memory=[peak_mask(x, rule) for x in maps] if self.ret_weight else None)
+        again = self.ret_weight and self.layout is None
+        return Slope(loss, memory=[peak_mask(x, rule) for x in maps] if again else None)
 
     def _layout(self, like: Tensor) -> list[Tensor]:
         assert self.layout is not None

@@ -16,7 +16,8 @@ Several tokens of one word count as entries of their own where there is one text
 tokens, so there a subject's map is the mean over both.
 
 Cost: one conditional forward up to the last layer that is read, and its backward, for each update. diffusers' pipeline
-of this name differs in what it reshapes wrongly (pictures that are not square).
+of this name differs in what it reshapes wrongly (pictures that are not square). SD 1.x's usual scheduler, PNDM, drops
+the update of its second step (``attnsteer.nursing``).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from attnsteer.maps import column_softmax, smooth
 from attnsteer.nursing import Moment, Nursing, Slope, TokenMaps, root_decay, subject_entries, word_groups
-from attnsteer.processor import Processor, check_number
+from attnsteer.processor import Processor, check_integer, check_number, check_numbers, check_thresholds
 from attnsteer.site import Kind
 
 
@@ -51,10 +52,12 @@ class AttendAndExcite(Processor):
         subjects: the words of the prompt that each name a subject, e.g. ``("dog", "car")``.
         tokens: instead of words, the positions of each subject's tokens among the text keys.
         scale_factor, scale_range: the step is ``scale_factor * sqrt(linspace(*scale_range, steps)[i])``; 20, 1 to .5.
-        max_iter_to_alter: no update from this step on; 25 of 50.
+        max_iter_to_alter: no update from this step on; 25 of 50. It counts steps: the first half of any schedule, also
+            of the shorter ones of SD3 and FLUX, is ``Where(steps=(0.0, 0.5))``.
         thresholds: step -> the peak that the weakest subject must reach by repeated updates.
         max_refinement_steps: most repetitions; 20.
-        padding: the end and the padding of the prompt take part in the softmax (SD 1.x: True, SD 2.x: False).
+        padding: the end and the padding of the prompt take part in the softmax: True for SD 1.x; give False for SD 2.x,
+            as the authors do. Nothing tells the two apart for you.
         level: how often the latent is halved where maps are read; 2 is 16 x 16 for SD 1.x at 512 pixels.
 
     Raises:
@@ -75,8 +78,11 @@ class AttendAndExcite(Processor):
 
     def __post_init__(self) -> None:
         word_groups(self)
-        for name in ("scale_factor", "max_iter_to_alter", "max_refinement_steps", "level"):
-            check_number(self, name, 0)
+        check_number(self, "scale_factor", 0)
+        check_numbers(self, "scale_range", 2, 0)
+        check_thresholds(self, "thresholds")
+        for name in ("max_iter_to_alter", "max_refinement_steps", "level"):
+            check_integer(self, name)
 
     @property
     def inert(self) -> bool:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from attnsteer.maps import column_softmax, nt_xent, smooth
 from attnsteer.nursing import Moment, Nursing, Slope, TokenMaps, root_decay, subject_entries, word_groups
-from attnsteer.processor import Processor, check_number
+from attnsteer.processor import Processor, check_integer, check_integers, check_number, check_numbers
 from attnsteer.site import Kind
 
 
@@ -70,8 +70,11 @@ class Conform(Processor):
     def __post_init__(self) -> None:
         word_groups(self, phrases=True)
         check_number(self, "temperature", 0.01)
-        for name in ("scale_factor", "max_iter_to_alter", "max_refinement_steps", "level"):
-            check_number(self, name, 0)
+        check_number(self, "scale_factor", 0)
+        check_numbers(self, "scale_range", 2, 0)
+        check_integers(self, "refine_steps")
+        for name in ("max_iter_to_alter", "max_refinement_steps", "level"):
+            check_integer(self, name)
 
     @property
     def inert(self) -> bool:
@@ -89,9 +92,12 @@ class Conform(Processor):
             level=self.level,
         )
 
+    def prepare(self, maps: Tensor) -> Tensor:
+        return smooth(column_softmax(maps) if self.softmax else maps)
+
     def loss(self, views: Sequence[TokenMaps], memory: Tensor | None, moment: Moment) -> Slope:
         """The loss of one picture; remembers its vectors for the next step."""
-        entries = subject_entries(views, lambda maps: smooth(column_softmax(maps) if self.softmax else maps))
+        entries = subject_entries(views, self.prepare, apart=not self.softmax)
         labels = [g for g, group in enumerate(entries) for word in group for _ in word]
         now = torch.stack([x.flatten() for group in entries for word in group for x in word])
         vectors = now if memory is None else torch.cat([now, memory])

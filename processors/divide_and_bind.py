@@ -46,7 +46,15 @@ from attnsteer.nursing import (
     weighted_mean,
     word_groups,
 )
-from attnsteer.processor import Processor, check_choice, check_number
+from attnsteer.processor import (
+    Processor,
+    check_choice,
+    check_integer,
+    check_integers,
+    check_number,
+    check_numbers,
+    check_thresholds,
+)
 from attnsteer.site import Kind
 
 
@@ -114,8 +122,13 @@ class DivideAndBind(Processor):
 
     def __post_init__(self) -> None:
         word_groups(self, phrases=True)
-        for name in ("scale_factor", "max_iter_to_alter", "level"):
-            check_number(self, name, 0)
+        check_number(self, "scale_factor", 0)
+        check_numbers(self, "scale_range", 2, 0)
+        check_numbers(self, "bind_weights", 3)
+        check_thresholds(self, "thresholds")
+        check_integers(self, "max_refinement_steps", 2)
+        for name in ("max_iter_to_alter", "level"):
+            check_integer(self, name)
         check_choice(self, "compat", ("paper", "code"))
 
     @property

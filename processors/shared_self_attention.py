@@ -45,13 +45,12 @@ from torch import Tensor
 from attnsteer.draws import kept
 from attnsteer.edits import Reaction, Replace
 from attnsteer.errors import SteeringError
-from attnsteer.layouts import pad
 from attnsteer.nursing import Moment, Word
 from attnsteer.processor import Processor, check_integer, check_number
 from attnsteer.site import AttentionCall, Kind, Site
 from attnsteer.steps import StepEnd
-from attnsteer.stories import check_masks, picture, share, to_grid
-from attnsteer.subjects import look, map_sites, refresh
+from attnsteer.stories import check_masks, picture, share
+from attnsteer.subjects import look, map_sites, refresh, subject_tokens
 from attnsteer.where import Where
 
 
@@ -174,8 +173,8 @@ class SharedSelfAttention(Processor):
         return (Replace(*call.state["plain"]), shared) if "plain" in call.state else shared
 
     def _subjects(self, call: AttentionCall) -> tuple[Tensor, Tensor] | None:
-        """The subject tokens of every anchor ``(anchors, m)``, of each story where words say them, and which of these
-        entries are real; None where nothing is known yet."""
+        """The subject tokens of every anchor, ``(anchors, m)`` or ``(sets, anchors, m)`` where they come from masks or
+        words, and which of these entries are real; None where nothing is known yet."""
         image, device = picture(call), call.q.device
         if self.words:
             if call.spans is not None and call.spans.grid is not None:
@@ -187,12 +186,6 @@ class SharedSelfAttention(Processor):
         if "subjects" not in call.state:
             if call.spans is None or call.spans.grid is None:
                 raise SteeringError(f"The image grid is unknown at {call.site.name!r}, so masks cannot be laid on it.")
-            tokens, real = subject_tokens(self.masks, call.spans.grid)
+            tokens, real = subject_tokens(self.masks.cpu()[:, None], call.spans.grid, self.lenders)
             call.state["subjects"] = tokens.to(device), real.to(device)
         return call.state["subjects"]
-
-
-@torch.compiler.disable
-def subject_tokens(masks: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """The tokens of masks at the resolution of a site, ``(S, m)``, and which of these entries are real."""
-    return pad([mask.nonzero().flatten() for mask in to_grid(masks.cpu(), grid)])

@@ -27,7 +27,7 @@ from torch import Tensor
 from attnsteer.errors import SteeringError
 from attnsteer.maps import as_distribution, symmetric_kl
 from attnsteer.nursing import Moment, Nursing, Slope, TokenMaps, word_groups
-from attnsteer.processor import Processor, check_number
+from attnsteer.processor import Processor, check_integer, check_number
 from attnsteer.site import Kind
 
 
@@ -70,8 +70,9 @@ class SynGen(Processor):
 
     def __post_init__(self) -> None:
         groups = word_groups(self, phrases=True)
-        for name in ("scale_factor", "max_iter_to_alter", "level"):
-            check_number(self, name, 0)
+        check_number(self, "scale_factor", 0)
+        for name in ("max_iter_to_alter", "level"):
+            check_integer(self, name)
         if not self.include_entities and all(len(group) == 1 for group in groups):
             raise SteeringError(
                 f"SynGen(subjects={self.subjects or self.tokens!r}) has no modifier to bind: give phrases with the "
@@ -98,7 +99,7 @@ class SynGen(Processor):
 
     def _of(self, view: TokenMaps) -> Tensor:
         maps = [as_distribution(x) for x in view.maps]
-        everything = {*view.rest, *(i for group in view.groups for word in group for i in word)}
+        everything = {*view.other_words(), *(i for group in view.groups for word in group for i in word)}
         terms = []
         for group in view.groups:
             others = [maps[i] for i in sorted(everything - {i for word in group for i in word})]

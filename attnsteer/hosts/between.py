@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from . import denoisers
 from .base import Call, copy_nest, unwrap
 from .bindings import Bindings
 from .carry import steering
-from .prompts import LAYOUTS, PromptWatch, readings
+from .prompts import LAYOUTS, PromptWatch, pictures_each, prompts_in, readings
 
 
 class _Noting:
@@ -37,16 +38,31 @@ def _asks(processor: Processor) -> bool:
     return mine.plain_first is not Processor.plain_first or mine.after_step is not Processor.after_step
 
 
+def _stories_apart(name: str, given: Mapping[str, Any]) -> None:
+    """Refuse prompts whose pictures do not come in the order of stories.
+
+    Raises:
+        SteeringError: several pictures of each of several prompts, which pipelines order by prompt.
+    """
+    pictures = pictures_each(given)
+    if pictures > 1 and prompts_in(given) != 1:
+        raise SteeringError(
+            f"num_images_per_prompt={pictures} puts the pictures of one prompt side by side, but the stories of {name} "
+            "are blocks of different prompts: repeat the prompts, [p1, p2, p1, p2], with num_images_per_prompt=1."
+        )
+
+
 class Between:
     """Plain forwards before steps and messages after them, for one attachment.
 
     Args:
         rows: the plans of every row.
-        pipe: the pipeline, where there is one: its prompts are watched for methods that look for words.
+        pipe: the pipeline, where there is one: its prompts are watched for methods that look for words or read rows.
     """
 
     def __init__(self, rows: Rows, pipe: Any):
         self._plans = [p for p in plans_of(rows) if _asks(p.processor)]
+        self._sharing = [type(p.processor).__name__ for p in plans_of(rows) if p.processor.reads_rows]
         self._pipe = pipe
         self._watch: PromptWatch | None = None
         self.plain_forwards = 0  # so far
@@ -56,8 +72,10 @@ class Between:
         return bool(self._plans)
 
     def start(self) -> None:
-        if self._pipe is not None and any(plan.processor.finds_words for plan in self._plans):
-            self._watch = PromptWatch(self._pipe)
+        words = any(plan.processor.finds_words for plan in self._plans)
+        if self._pipe is not None and (words or self._sharing):
+            check = partial(_stories_apart, self._sharing[0]) if self._sharing else None
+            self._watch = PromptWatch(self._pipe, check)
 
     def stop(self) -> None:
         if self._watch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,8 @@ LAYOUTS: Mapping[str, tuple[Encoder, ...]] = {
     "FLUX": (Encoder("tokenizer_2", "prompt_2", None, True),),
 }
 """The encoders whose tokens stand one after another among the text keys, by family."""
+ENCODERS = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2", "tokenizer_3": "text_encoder_3"}
+"""The encoder of each tokenizer. Where it is missing (SD3 without T5) its keys hold zeros instead of words."""
 
 
 @dataclass(frozen=True)
@@ -47,24 +49,27 @@ class Reading:
     Attributes:
         columns: positions among the text keys.
         groups: group -> word -> positions among ``columns``.
-        rest: positions among ``columns`` of the other words.
+        rest: positions among ``columns`` of the other words; None where embeddings do not say which keys are words, so
+            that ``columns`` has those of the groups alone.
     """
 
     columns: tuple[int, ...]
     groups: tuple[tuple[tuple[int, ...], ...], ...]
-    rest: tuple[int, ...]
+    rest: tuple[int, ...] | None
 
 
 class PromptWatch:
     """Remembers the prompts of a pipeline call: ``encode_prompt`` gets them once more after ``check_inputs``.
 
-    Attributes:
-        given: the arguments of the first ``encode_prompt`` of the call in progress, None before.
+    Args:
+        check: is shown the arguments of the first ``encode_prompt`` of every call, and may refuse them.
     """
 
-    def __init__(self, pipe: Any):
+    def __init__(self, pipe: Any, check: Callable[[Mapping[str, Any]], None] | None = None):
         self.pipe = pipe
-        self.given: dict[str, Any] | None = None
+        self._check = check
+        self._given: dict[str, Any] | None = None
+        self._absent: set[str] = set()
         self._fresh = True
         self._attached = True
         self._ours: dict[str, Any] = {}
@@ -89,20 +94,29 @@ class PromptWatch:
             if self._attached and self._fresh:  # the negative prompt may be encoded by a second call
                 bound = signature.bind(*args, **kwargs)
                 bound.apply_defaults()
-                self.given, self._fresh = dict(bound.arguments), False
+                self._given, self._fresh = dict(bound.arguments), False
+                self._absent = {part for part in ENCODERS.values() if getattr(self.pipe, part, None) is None}
+                if self._check:
+                    self._check(self._given)
             return encode(*args, **kwargs)
 
         return note
 
     @property
+    def given(self) -> dict[str, Any] | None:
+        """The arguments of the first ``encode_prompt`` of the call in progress, None before.
+
+        Who asks is denoising, so the next prompt is that of another run: hand-written loops have no ``check_inputs``.
+        """
+        self._fresh = True
+        return self._given
+
+    @property
     def samples(self) -> int | None:
         """How many pictures the call in progress makes; None where it cannot be told."""
-        if self.given is None:
-            return None
-        prompts, embeds = self.given.get("prompt"), self.given.get("prompt_embeds")
-        count = 1 if isinstance(prompts, str) else len(prompts) if prompts is not None else None
-        count = len(embeds) if count is None and embeds is not None else count
-        return None if count is None else count * int(self.given.get("num_images_per_prompt") or 1)
+        given = self.given
+        count = None if given is None else prompts_in(given)
+        return None if given is None or count is None else count * pictures_each(given)
 
     def detach(self) -> None:
         self._attached = False
@@ -116,21 +130,23 @@ class PromptWatch:
     # ---- prompts -----------------------------------------------------------------------------------------------------
     def prompt(self, name: str, row: int, samples: int) -> str | None:
         """The text that an encoder got for a picture; None where embeddings were given."""
-        if self.given is None or self.given.get("prompt") is None:
+        given = self.given
+        if given is None or given.get("prompt") is None:
             return None
-        prompts = self.given.get(name) or self.given["prompt"]
+        prompts = given.get(name) or given["prompt"]
         listed = [prompts] if isinstance(prompts, str) else list(prompts)
         return listed[row * len(listed) // samples]
 
-    def ids(self, encoder: Encoder, row: int, samples: int) -> tuple[Any, list[int]] | None:
-        """The tokenizer and the token ids of a picture's prompt without padding; None where they are not known."""
-        tokenizer = getattr(self.pipe, encoder.tokenizer, None)
-        prompt_name, twin = encoder.prompt, encoder.twin
-        if tokenizer is None and twin:  # the refiner of SDXL has the second one only
-            (tokenizer_name, prompt_name), twin = twin, None
-            tokenizer = getattr(self.pipe, tokenizer_name, None)
-        text = self.prompt(prompt_name, row, samples)
-        if tokenizer is None or text is None:
+    def ids(self, encoder: Encoder, row: int, samples: int, cut: bool = True) -> tuple[Any, list[int]] | None:
+        """The tokenizer and the token ids of a picture's prompt without padding; None where they are not known.
+
+        ``cut=False``: also those behind the length that the encoder reads.
+        """
+        name, prompt_name, twin = encoder.tokenizer, encoder.prompt, encoder.twin
+        if twin and getattr(self.pipe, name, None) is None:  # the refiner of SDXL has the second one only
+            (name, prompt_name), twin = twin, None
+        tokenizer, text = getattr(self.pipe, name, None), self.prompt(prompt_name, row, samples)
+        if tokenizer is None or text is None or ENCODERS[name] in self._absent:
             return None
         if twin and self.prompt(twin[1], row, samples) != text:
             raise SteeringError(
@@ -141,14 +157,28 @@ class PromptWatch:
         text = convert(text, tokenizer) if convert else text
         assert self.given is not None
         limit = self.given["max_sequence_length"] if encoder.adjustable else tokenizer.model_max_length
-        return tokenizer, list(tokenizer(text, truncation=True, max_length=limit).input_ids)
+        return tokenizer, list(tokenizer(text, truncation=cut, max_length=limit if cut else None).input_ids)
+
+
+def prompts_in(given: Mapping[str, Any]) -> int | None:
+    """How many prompts the arguments of ``encode_prompt`` hold; None where it cannot be told."""
+    prompts, embeds = given.get("prompt"), given.get("prompt_embeds")
+    if prompts is None:
+        return None if embeds is None else len(embeds)
+    return 1 if isinstance(prompts, str) else len(prompts)
+
+
+def pictures_each(given: Mapping[str, Any]) -> int:
+    """How many pictures (or videos) are made for each of these prompts."""
+    return int(given.get("num_images_per_prompt") or given.get("num_videos_per_prompt") or 1)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 def readings(
     watch: PromptWatch | None, family: str, picture: tuple[int, int], groups: Groups, keys: int, padding: bool
 ) -> list[Reading]:
-    """What is read for one picture, one entry for each text encoder that holds the words (one may be cut off before).
+    """What is read for one picture, one entry for each text encoder that holds all the words (one may be cut off
+    before).
 
     Args:
         picture: which of how many.
@@ -156,41 +186,70 @@ def readings(
         padding: all keys but the first and the last, see ``Nursing.padding``.
 
     Raises:
-        SteeringError: a word that the prompt does not have, with the prompt's tokens; or no prompt to look in.
+        SteeringError: a word that the prompt does not have, with the prompt's tokens; words that no encoder reads all
+            of; or no prompt to look in.
     """
-    found, start, first = [], 0, None
+    found, start, known = [], 0, None
     encoders = LAYOUTS[family]
     for number, encoder in enumerate(encoders):
         if start >= keys:
             break
         spelled = watch.ids(encoder, *picture) if watch else None
-        first, stop = first or spelled, keys
+        known, stop = known or (encoder if spelled else None), keys
         if watch is not None and number < len(encoders) - 1:
             stop = start + watch.pipe.tokenizer_max_length
         part = _part(spelled, groups, start, stop, padding)
         if part is not None:
             found.append(part)
         start = stop
-    if not found and first:
-        place(*first, groups)  # says which word is missing
+    if not found and watch and known:
+        _missing(watch, known, picture, groups)
     if not found:
         raise SteeringError(_nowhere(watch, groups, keys))
     return found
 
 
+def _missing(watch: PromptWatch, encoder: Encoder, picture: tuple[int, int], groups: Groups) -> None:
+    """Say which word the prompt lacks, or which one an encoder does not read any more.
+
+    Raises:
+        SteeringError: there is such a word.
+    """
+    spelled, whole = watch.ids(encoder, *picture), watch.ids(encoder, *picture, cut=False)
+    if not spelled or not whole:
+        return
+    place(*whole, groups)
+    lost = _lacking(*spelled, groups)
+    if lost:
+        raise SteeringError(
+            f"The word {lost[0]!r} is cut off: the {len(spelled[1])} tokens that are read of the prompt are "
+            f"{spell(*spelled)}. Say it earlier, or in fewer words."
+        )
+
+
+def _words(groups: Groups) -> list[str]:
+    return [word.lower() for group in groups for word in group if isinstance(word, str)]
+
+
+def _lacking(tokenizer: Any, ids: Sequence[int], groups: Groups) -> list[str]:
+    """The words that are not there as often as the groups name them."""
+    words = _words(groups)
+    return [word for word in words if len(find_each(tokenizer, ids, word)) < words.count(word)]
+
+
 def _part(
     spelled: tuple[Any, list[int]] | None, groups: Groups, start: int, stop: int, all_keys: bool
 ) -> Reading | None:
-    """The reading of the text keys ``start`` to ``stop``; None where no word of the groups is among them."""
+    """The reading of the text keys ``start`` to ``stop``; None where a word of the groups is not among them."""
+    content: list[int] | None
     if spelled is None:
-        if any(isinstance(word, str) for group in groups for word in group):
+        if _words(groups):
             return None
-        content = list(range(start + all_keys, stop - all_keys))
+        content = list(range(start + 1, stop - 1)) if all_keys else None
         placed = groups
     else:
         tokenizer, ids = spelled
-        words = [word for group in groups for word in group if isinstance(word, str)]
-        if words and not any(find_each(tokenizer, ids, word) for word in words):
+        if _lacking(tokenizer, ids, groups):
             return None
         special = set(tokenizer.all_special_ids)
         content = [start + i for i, token in enumerate(ids) if token not in special]
@@ -203,15 +262,13 @@ def _part(
             f"tokens={groups!r}: the text keys {start} to {stop - 1} are those of one text encoder and hold some of "
             "the words but not all: name each word there, or none."
         )
-    columns = list(range(start + 1, stop - 1)) if all_keys else content
-    missing = sorted({i for group in wanted for word in group for i in word} - set(columns))
-    columns = sorted({*columns, *missing})
-    position = {key: i for i, key in enumerate(columns)}
     named = {i for group in wanted for word in group for i in word}
+    columns = sorted({*(range(start + 1, stop - 1) if all_keys else content or ()), *named})
+    position = {key: i for i, key in enumerate(columns)}
     return Reading(
         tuple(columns),
         tuple(tuple(tuple(position[i] for i in word) for word in group) for group in wanted),
-        tuple(position[i] for i in content if i not in named and i in position),
+        None if content is None else tuple(position[i] for i in content if i not in named and i in position),
     )
 
 
@@ -236,7 +293,7 @@ def place(tokenizer: Any, ids: Sequence[int], groups: Groups, start: int = 0) ->
         SteeringError: a word that does not occur, or is named more than once but not once for each occurrence; says
             which tokens there are.
     """
-    mentions = [word.lower() for group in groups for word in group if isinstance(word, str)]
+    mentions = _words(groups)
     turn: dict[str, int] = {}
 
     def find(word: Word) -> tuple[int, ...]:

@@ -19,9 +19,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from .._version import __version__
 from ..attach import attach, sites
@@ -66,7 +67,8 @@ class HeadHunter:
         processor: another method with head selection in place of SoftPAG; its own ``where`` is not used.
         call: further arguments of the pipeline, e.g. ``{"height": 512}``.
         out: folder for the scores and results. A search that finds its scores there goes on where it was; scores under
-            other settings are left alone. Without it nothing is written.
+            other settings are left alone, and so are those of an objective whose content cannot be hashed
+            (``attnsteer.search.objectives.Custom``). Without it nothing is written.
         progress: told about every batch.
 
     Attributes:
@@ -159,8 +161,20 @@ class HeadHunter:
         assert self._store is not None
         order = {head: place for place, head in enumerate(self.pool)}
         return Scorer(
-            painter, objective, self._store, order, self.batch, self._ranks, lambda n, own: self._meter.add(n, own)
+            painter,
+            objective,
+            self._store,
+            order,
+            self.batch,
+            self._ranks,
+            lambda n, own: self._meter.add(n, own),
+            once="" if objective.reusable else self._once,
         )
+
+    @cached_property
+    def _once(self) -> str:
+        """A name that no other search has, the same in all processes."""
+        return str(self._ranks.gathered(uuid4().hex)[0])
 
     def follow(self, what: str, total: int) -> None:
         """Tell about other work from now on, of ``total`` pictures."""

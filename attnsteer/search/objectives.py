@@ -12,16 +12,16 @@ picture, higher is better. It must judge every picture by itself, since pictures
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from types import CodeType
+from contextlib import suppress
 from typing import Any
 
 from ..errors import SteeringError
 from ..metrics.pictures.encoders import Encoders, affine_head
 from ..metrics.pictures.weights import weights_of
 from ..plain import short
+from .contents import Unknown, code_of, content_of
 
 Columns = dict[str, list[float]]
 Given = Callable[[Sequence[Any], Sequence[str]], Any]
@@ -47,6 +47,11 @@ class Objective:
         """The objectives that look at pictures."""
         return [self]
 
+    @property
+    def reusable(self) -> bool:
+        """Whether equal settings mean equal scores, so that another search may use them."""
+        return True
+
 
 class _Single(Objective):
     """One number a picture."""
@@ -64,7 +69,12 @@ class _Single(Objective):
 
 
 class Custom(_Single):
-    """Somebody's function. Where it depends on more than its code, its attribute ``settings`` says on what."""
+    """Somebody's function.
+
+    Its scores are reused where its code, default values, closure, bound arguments and attributes are the same. Where
+    one of these cannot be hashed they never are, unless its attribute ``settings`` (plain values) says on what it
+    depends besides its code; this attribute then counts alone. What it reads from global names is for ``settings`` too.
+    """
 
     def __init__(self, function: Given):
         if not callable(function):
@@ -72,14 +82,20 @@ class Custom(_Single):
         self.function = function
         named = function if hasattr(function, "__qualname__") else type(function)
         self.name = str(getattr(function, "name", None) or getattr(named, "__name__", "score"))
-        self._callable = f"{named.__module__}.{named.__qualname__}"
+        told, code = getattr(function, "settings", None), None
+        with suppress(Unknown):
+            code = content_of(function) if told is None else code_of(function)
+        self._reusable = told is not None or code is not None
+        self._settings: dict[str, Any] = {"callable": f"{named.__module__}.{named.__qualname__}", "code": code}
+        self._settings["settings"] = dict(told or {})
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        call = self.function
-        code = getattr(call, "__code__", None) or getattr(type(call).__call__, "__code__", None)
-        known = {"callable": self._callable, "code": _digest(code).hexdigest()[:16] if code else None}
-        return {**known, "settings": dict(getattr(call, "settings", {}))}
+        return self._settings
+
+    @property
+    def reusable(self) -> bool:
+        return self._reusable
 
     def measure(self, images: Sequence[Any], prompts: Sequence[str]) -> Any:
         return self.function(images, prompts)
@@ -290,6 +306,10 @@ class _Combined(Objective):
     def leaves(self) -> list[Objective]:
         return [leaf for part in self.parts for leaf in part.leaves]
 
+    @property
+    def reusable(self) -> bool:
+        return all(part.reusable for part in self.parts)
+
     def __call__(self, images: Sequence[Any], prompts: Sequence[str]) -> Columns:
         columns: Columns = {}
         for part in {id(leaf): leaf for leaf in self.leaves}.values():  # one that serves twice is asked once
@@ -349,12 +369,3 @@ def _numbers(given: Any, count: int, name: str) -> list[float]:
         wrong = next(value for value in numbers if not math.isfinite(value))
         raise SteeringError(f"The objective {name!r} gave {wrong}: a search needs finite scores.")
     return numbers
-
-
-def _digest(code: CodeType) -> Any:
-    """A hash of what a function does, the same in every process."""
-    digest = hashlib.sha256(code.co_code + repr(code.co_names).encode())
-    for constant in code.co_consts:
-        inner = isinstance(constant, CodeType)
-        digest.update(_digest(constant).digest() if inner else repr(constant).encode())
-    return digest

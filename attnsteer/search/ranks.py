@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
+
+from ..errors import SteeringError
+from ..lines import identity
 
 
 class Ranks:
@@ -29,6 +33,29 @@ class Ranks:
         """Until all processes are here."""
         if self._state is not None:
             self._state.wait_for_everyone()
+
+    def gathered(self, value: Any) -> list[Any]:
+        """The values of all processes, in the order of their numbers."""
+        if self._state is None:
+            return [value]
+        from accelerate.utils import gather_object
+
+        return list(gather_object([value]))
+
+    def agree(self, settings: Mapping[str, Any]) -> None:
+        """Refuse a search whose processes would write their scores under different names.
+
+        Raises:
+            SteeringError: some settings differ between processes; in all of them, says which.
+        """
+        own = {name: identity({name: value}) for name, value in settings.items()}
+        others = self.gathered(own)
+        apart = sorted(name for name in own if any(other.get(name) != own[name] for other in others))
+        if apart:
+            raise SteeringError(
+                f"The {self.count} processes of this search do not agree on its settings ({', '.join(apart)}): give "
+                "all of them the same, and an objective of yours an attribute settings that says on what it depends."
+            )
 
     @staticmethod
     def local() -> int | None:

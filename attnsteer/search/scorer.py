@@ -34,6 +34,7 @@ class Scorer:
         batch: rows of a batch.
         ranks: the processes.
         made: told how many pictures became known, and how many of them this process made.
+        once: names this search, for objectives whose scores no other search may use.
 
     Attributes:
         pictures: how many pictures this process has made.
@@ -49,11 +50,15 @@ class Scorer:
         batch: int,
         ranks: Ranks,
         made: Callable[[int, int], None],
+        once: str = "",
     ):
         self.painter, self.objective, self.store, self.order = painter, objective, store, order
         self.batch, self.ranks, self.made = batch, ranks, made
         self.pictures, self.found = 0, 0
         self.settings = {"format": 1, **painter.settings, "objective": dict(objective.settings)}
+        if not objective.reusable:
+            self.settings["once"] = once
+        ranks.agree(self.settings)
         self.run = store.begin(self.settings)
 
     def means(self, sets: Sequence[Heads], pairs: Sequence[Pair]) -> list[dict[str, float]]:

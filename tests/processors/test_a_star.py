@@ -51,9 +51,12 @@ def test_segregation_knows_no_scale_and_retention_does() -> None:
     assert abs(float(retention([0.5 * A], mask)) - float(retention([A], mask))) > 0.01
 
 
-def test_a_flat_map_has_an_empty_mask_whose_term_is_one_without_gradient() -> None:
-    flat = torch.full((3, 3), 0.2, requires_grad=True)
-    loss = retention([flat], [peak_mask(flat, "otsu")])
+@pytest.mark.parametrize("value", [0.2, 0.0])
+@pytest.mark.parametrize("rule", ["otsu", "relative"])
+def test_a_flat_map_has_an_empty_mask_whose_term_is_one_without_gradient(rule: str, value: float) -> None:
+    flat = torch.full((3, 3), value, requires_grad=True)
+    assert not peak_mask(flat, rule).any()
+    loss = retention([flat], [peak_mask(flat, rule)])
     assert float(loss) == 1
     assert torch.autograd.grad(loss, flat)[0].abs().max() == 0
 
@@ -96,7 +99,9 @@ def test_a_layout_takes_the_place_of_the_step_before_in_every_step() -> None:
     top[:2] = True
     n = prepared(maps)
     expected = retention([n[1], (n[3] + n[4]) / 2], [top, ~top])
-    assert float(method.loss([view(maps, GROUPS)], None, NOW).loss) == pytest.approx(float(expected), abs=1e-9)
+    slope = method.loss([view(maps, GROUPS)], None, NOW)
+    assert float(slope.loss) == pytest.approx(float(expected), abs=1e-9)
+    assert slope.memory is None, "nothing that is never read is made"
 
 
 def test_raw_maps_take_the_relative_mask_by_default() -> None:
@@ -129,7 +134,10 @@ def test_strength_zero_is_inert() -> None:
         ({"subjects": ("dog", " ")}, "at least one word"),
         ({"tokens": (1, 2)}, "a tuple of positions"),
         ({"tokens": ((-1,),)}, "a tuple of positions"),
+        ({"subjects": (("red", "car"), "dog")}, r"\('red', 'car'\) are 2 words: name the noun, .*'red car'"),
         ({"subjects": ("dog",), "scale_factor": -1.0}, "scale_factor=-1.0"),
+        ({"subjects": ("dog",), "scale_range": (1.0, -3.0)}, "scale_range="),
+        ({"subjects": ("dog",), "level": 0.5}, "level=0.5"),
         ({"subjects": ("dog",), "mask": "half"}, "mask='half'"),
         ({"subjects": ("dog",), "layout": torch.ones(2, 4, 4)}, "a mask for each of the 1 subjects"),
     ],

@@ -131,6 +131,8 @@ def test_where_it_cannot_act_it_says_why():
         attnsteer.attach(pipe, how, AttendAndExcite(subjects=("dog", "car"), level=1))
     with attnsteer.steer(pipe, how), pytest.raises(SteeringError, match="no whole stories of 3"):
         latents(pipe, "sd15", batch=2)
+    with attnsteer.steer(pipe, how), pytest.raises(SteeringError, match="stories of IRDiffusion are blocks"):
+        latents(pipe, "sd15", batch=3, num_images_per_prompt=2)
 
 
 def test_all_attention_of_the_chosen_layers_takes_part():

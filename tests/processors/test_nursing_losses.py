@@ -257,6 +257,21 @@ def test_they_go_through_json(method) -> None:
         (lambda: Conform(subjects=("dog",), temperature=0.0), "temperature=0.0"),
         (lambda: DivideAndBind(subjects=("dog",), compat="new"), "compat='new'"),
         (lambda: AttendAndExcite(subjects=("dog",), max_refinement_steps=-1), "max_refinement_steps=-1"),
+        (lambda: AttendAndExcite(subjects=("dog",), scale_range=(1,)), r"scale_range=\(1,\).*2 numbers from 0 up"),
+        (lambda: AttendAndExcite(subjects=("dog",), scale_range=(1, -3)), r"scale_range=\(1, -3\)"),
+        (
+            lambda: AttendAndExcite(subjects=("dog",), thresholds=[5]),
+            r"thresholds=\[5\].*a number for each step",
+        ),
+        (lambda: AttendAndExcite(subjects=("dog",), thresholds={0.5: 1}), "thresholds="),
+        (lambda: AttendAndExcite(subjects=("dog",), max_iter_to_alter=2.5), "max_iter_to_alter=2.5"),
+        (lambda: DivideAndBind(subjects=("dog",), scale_range=(1, math.nan)), "scale_range="),
+        (lambda: DivideAndBind(subjects=("dog",), max_refinement_steps=5), "max_refinement_steps=5.*2 ints from 0 up"),
+        (lambda: DivideAndBind(subjects=("dog",), bind_weights=(1.0,)), r"bind_weights=\(1.0,\).*3 finite numbers"),
+        (lambda: DivideAndBind(subjects=("dog",), thresholds={-1: 0.1}), "thresholds="),
+        (lambda: Conform(subjects=("dog",), refine_steps=0), "refine_steps=0.*tuple of ints from 0 up"),
+        (lambda: Conform(subjects=("dog",), scale_range="ab"), "scale_range='ab'"),
+        (lambda: SynGen(subjects=("red dog",), level=0.5), "level=0.5"),
     ],
 )
 def test_wrong_parameters_are_refused(make, message) -> None:

@@ -56,6 +56,18 @@ def test_one_prompt_alone_has_the_masks_that_it_has_among_others(cfg):
     assert torch.equal(alone, among)
 
 
+def test_a_word_that_is_given_twice_means_each_of_its_occurrences():
+    pipe = pipelines.build("sd15")
+    both = call("sd15", 1)
+    (masks,) = rehearse(pipe, ["a red dog and a blue dog"], [["dog", "dog"]], **both)
+    (named,) = rehearse(pipe, ["a red dog and a blue dog"], [["dog"]], **both)
+    assert masks.shape == (2, 3, 5)
+    assert not torch.equal(masks[0], masks[1])
+    assert not any(torch.equal(each, named[0]) for each in masks)
+    with pytest.raises(SteeringError, match="named 2 times, but is in the prompt 1 times"):
+        rehearse(pipe, ["a dog"], [["dog", "dog"]], **both)
+
+
 def test_from_a_rehearsal_into_the_methods():
     pipe = pipelines.build("sd15")
     masks = rehearse(pipe, PROMPTS, WORDS, **call("sd15"))
@@ -76,10 +88,12 @@ def test_a_rehearsal_leaves_the_pipeline_as_it_was():
 
 def test_wrong_input_is_refused():
     pipe = pipelines.build("sd15")
-    with pytest.raises(SteeringError, match="does not have the word 'bird'"):
+    with pytest.raises(SteeringError, match="'bird' is not in the prompt; its tokens are .* 2 'red</w>', 3 'car</w>'"):
         rehearse(pipe, PROMPTS, [["dog"], ["bird"], ["car"]], **call("sd15"))
     with pytest.raises(SteeringError, match="words for each; got 3 and 1"):
         rehearse(pipe, PROMPTS, [["dog"]])
+    with pytest.raises(SteeringError, match="one picture for each prompt"):
+        rehearse(pipe, PROMPTS, WORDS, **call("sd15"), num_images_per_prompt=2)
     with pytest.raises(SteeringError, match="with a tokenizer"):
         rehearse(pipe.unet, PROMPTS, WORDS)
     with pytest.raises(SteeringError, match="no cross attention"):

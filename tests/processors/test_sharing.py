@@ -388,3 +388,22 @@ def test_one_graph_of_a_compiled_model_serves_all_steps(cls):
         found = latents(pipe, "sd15", batch=2)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+@pytest.mark.parametrize("method", [ConsistentSelfAttention, SharedSelfAttention])
+def test_several_pictures_of_several_prompts_are_no_stories(method: Any, name: str) -> None:
+    """Pipelines order them by prompt, [p1, p1, p2, p2], so blocks of rows would mix two stories."""
+    pipe = pipelines.build(name)
+
+    def pair(*prompts: str) -> Tensor:
+        noise = {"generator": torch.Generator().manual_seed(0), "num_images_per_prompt": 2}
+        return latents(pipe, name, batch=len(prompts), prompt=list(prompts), **noise)
+
+    plain = pair("a dog")
+    with attnsteer.steer(pipe, method(where=Where(layers=LAYERS[name]), frames=2)):
+        with pytest.raises(SteeringError, match=f"stories of {method.__name__} are blocks of different prompts"):
+            pair("a dog", "a car")
+        one = pair("a dog")  # any two pictures of one prompt are a story
+    assert (one != plain).flatten(1).any(1).all()
+    assert not {"check_inputs", "encode_prompt"} & set(vars(pipe))

@@ -28,15 +28,15 @@ torch.set_num_threads(1)
 sys.path.insert(0, {root!r})
 from tests.search.common import hunter
 
-search = hunter(out={out!r}, batch=3)
+search = hunter(out={out!r}, batch=3{more})
 search.run()
 """
 TOTAL = generations(12, len(PAIRS), 2, 2)
 
 
-def script(folder: Path) -> Path:
+def script(folder: Path, more: str = "") -> Path:
     file = folder / "search.py"
-    file.write_text(SCRIPT.format(root=str(ROOT), out=str(folder / "out")))
+    file.write_text(SCRIPT.format(root=str(ROOT), out=str(folder / "out"), more=more))
     return file
 
 
@@ -91,11 +91,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_two_processes_find_what_one_finds(tmp_path: Path, reference: Selection) -> None:
+def launched(file: Path) -> subprocess.CompletedProcess[str]:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--main_process_port", str(free_port()), str(script(tmp_path))]
-    done = subprocess.run(launch, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    launch += ["--main_process_port", str(free_port()), str(file)]
+    return subprocess.run(launch, env=environment(), cwd=file.parent, capture_output=True, text=True, timeout=600)
+
+
+def test_two_processes_find_what_one_finds(tmp_path: Path, reference: Selection) -> None:
+    done = launched(script(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     out = tmp_path / "out"
     assert sorted(file.name for file in out.glob("scores-*")) == ["scores-0.jsonl", "scores-1.jsonl"]
@@ -108,3 +112,11 @@ def test_two_processes_find_what_one_finds(tmp_path: Path, reference: Selection)
     search = hunter(out=out, batch=3)  # one process goes on where two were
     assert search.run() == found
     assert search.resumed == TOTAL
+
+
+def test_processes_with_different_settings_say_so(tmp_path: Path) -> None:
+    done = launched(script(tmp_path, ", steps=2 + int(__import__('os').environ['RANK'])"))
+    assert done.returncode != 0
+    assert "The 2 processes of this search do not agree on its settings (" in done.stderr
+    assert "steps" in done.stderr.split("do not agree on its settings (")[1].split(")")[0]
+    assert not entries(tmp_path / "out")

@@ -178,6 +178,31 @@ def test_changed_settings_never_meet_old_scores(change: str, tmp_path: Path) -> 
     assert second.resumed == 0
 
 
+def test_scores_of_an_objective_with_unknown_content_are_for_one_search_alone(tmp_path: Path) -> None:
+    def make(sign: Any) -> Any:
+        return lambda images, prompts: [sign * x for x in redness(images, prompts)]
+
+    class Sign:
+        __slots__ = ()
+
+        def __rmul__(self, x: float) -> float:
+            return x
+
+        __mul__ = __rmul__
+
+    first = hunter(objective=make(Sign()), out=tmp_path, rounds=1)
+    first.run()
+    first.run()
+    assert first.resumed == 24, "the same search goes on"
+    second = hunter(objective=first.objective, out=tmp_path, rounds=1)
+    second.run()
+    assert second.resumed == 0
+    known = [hunter(objective=make(sign), out=tmp_path, rounds=1) for sign in (1.0, -1.0, 1.0)]
+    found = [search.run().heads for search in known]
+    assert [search.resumed for search in known] == [0, 0, 24]
+    assert found[0] == found[2] != found[1]
+
+
 def test_another_model_never_meets_old_scores(tmp_path: Path) -> None:
     first = hunter(out=tmp_path, rounds=1)
     first.run()
