@@ -31,7 +31,15 @@ from attnsteer.attach import sites
 from attnsteer.errors import SteeringError
 from attnsteer.looking import GeneralLooks, Look, Magnified, look_with_general
 from attnsteer.processor import Processor, check_choice, check_number
-from attnsteer.regions import bounding_box, brightest, contrast_over_steps, magnified, strongest_regions, to_pixels
+from attnsteer.regions import (
+    bounding_box,
+    brightest,
+    contrast_over_steps,
+    covered,
+    magnified,
+    strongest_regions,
+    to_pixels,
+)
 from attnsteer.site import Site
 from attnsteer.where import Where
 
@@ -51,7 +59,8 @@ class CARVE(Processor):
         lam: lambda >= 0. Code: 1e-8; the paper gives no value.
         steps: ``"all"`` passes of both generations, paired and weighted 1, 2, 3, ... (code); ``"first"``, which is
             before the first word; ``"end"``, the last of each (the paper's best).
-        keep: share of the pixels above the threshold, in (0, 1]. Code: 0.2; the paper's best is 0.2 to 0.6.
+        keep: share of the pixels above the threshold, of those that the model sees, in (0, 1]. Code: 0.2; the paper's
+            best is 0.2 to 0.6.
         regions: at least so many connected regions are kept (of n the best ``max(regions, int(n keep))``). Code: 3.
         final_images: ``"both"`` pictures in the final call, or ``"refined"`` alone for models of one picture.
         max_new_tokens: of every generation. Code: 32.
@@ -137,10 +146,14 @@ class CARVE(Processor):
     def refine(
         self, picture: Image.Image, question: Look, general: Look, area: Sequence[float] | None = None
     ) -> tuple[Any, ...]:
-        """The refined picture, its box, the heat map S, the mask M and the map on the grid, from what was looked at."""
+        """The refined picture, its box, the heat map S, the mask M and the map on the grid, from what was looked at.
+
+        Where the model sees an ``area`` of the picture alone, the mask is chosen inside it (ours).
+        """
         attention = contrast_over_steps(question.maps, general.maps, self.lam, self.steps)  # type: ignore[arg-type]
         heat = to_pixels(attention, picture.size, area)
-        mask = strongest_regions(heat, brightest(heat, self.keep), self.regions, self.keep)
+        seen = None if area is None else covered(picture.size, area)
+        mask = strongest_regions(heat, brightest(heat, self.keep, seen), self.regions, self.keep)
         return magnified(picture, mask), bounding_box(mask), heat, mask, attention
 
 

@@ -154,6 +154,22 @@ def test_a_picture_whose_centre_alone_is_seen_is_cut_from_there() -> None:
     assert found.box[2] <= 96
 
 
+@pytest.mark.parametrize("keep", [0.2, 0.4, 0.6, 0.9])
+def test_keep_is_a_share_of_what_the_model_sees(keep: float) -> None:
+    """Half of the picture lies outside the centre crop; a hot spot in it stays the refined picture for every share."""
+    own = torch.full((1, 1, 8, 8), 0.1) + 0.01 * torch.rand(1, 1, 8, 8)
+    own[0, 0, 2:4, 2:4] = 5.0
+    looks = Look(own, [1]), Look(torch.ones(1, 1, 8, 8), [1])
+    carve = CARVE(keep=keep, steps="first", regions=64)
+    _, box, _, mask, _ = carve.refine(picture((64, 32)), *looks, area=(16, 0, 48, 32))
+    assert mask[:, 16:48].mean() == pytest.approx(keep, abs=0.01)
+    assert not mask[:, :16].any()
+    assert not mask[:, 48:].any()
+    assert mask[8:16, 24:32].all()
+    assert box[0] >= 16
+    assert box[2] <= 48
+
+
 def test_the_embedded_model_answers_about_a_part() -> None:
     model, processor = world()
     scene = sampling.compose(["dog", "car"], "white").image()
