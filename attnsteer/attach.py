@@ -262,7 +262,7 @@ def refusals(
 
 
 def rows_given(
-    processors: Sequence[Processor], variants: Sequence[Variant | Sequence[Processor]] | None
+    processors: Sequence[Processor], variants: Sequence[Variant | Sequence[Processor] | Processor | None] | None
 ) -> list[list[Processor]]:
     """The processors of every row; one row stands for all."""
     given = [list(processors)] if variants is None else [_processors_of(v) for v in variants]

@@ -157,7 +157,8 @@ def _further_passes(live: Any) -> list[tuple[str, int]]:
     second = {plan.processor.contrast() for plan in plans} - {None}
     if second:
         often = f", {len(second)} times" if len(second) > 1 else ""
-        extra.append((f"for every token a second forward of all rows{often}, with a cache of its own", len(second)))
+        what = f"for every token a second forward{often}, of the rows that contrast, with a cache of its own"
+        extra.append((what, len(second)))
     fiftieths = [i for i in range(50) if any(plan.processor.plain_first(Moment(i, 50)) for plan in plans)]
     if fiftieths:
         often = f"in about {2 * len(fiftieths)} % of the steps"

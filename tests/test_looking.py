@@ -12,7 +12,7 @@ from PIL import Image
 
 import attnsteer
 from attnsteer import Capture, SteeringError, Where
-from attnsteer.hosts.asking import batch, greedy, prompt, words
+from attnsteer.hosts.asking import batch, greedy
 from attnsteer.hosts.vlm_grids import image_grids
 from attnsteer.hosts.vlm_inputs import with_answer
 from attnsteer.looking import GeneralLooks, look, look_with_general
@@ -164,24 +164,7 @@ def test_a_picture_is_encoded_once_whatever_is_asked(monkeypatch: pytest.MonkeyP
     assert len(memory) == 2  # the map of a model goes with it
 
 
-# ---- prompts ---------------------------------------------------------------------------------------------------------
-def test_prompts_by_template_and_by_hand_are_the_same_for_the_embedded_model() -> None:
-    _, processor = world()
-    scene = sampling.sample(3).image()
-    typed = prompt(processor, (scene,), "What is it?", "USER: <image>\n{question} ASSISTANT:")
-    named = prompt(processor, (scene,), "What is it?", "USER: {image}\n{question} ASSISTANT:")
-    chatted = prompt(processor, (scene,), "What is it?")
-    for name in chatted:
-        assert torch.equal(torch.as_tensor(typed[name]), torch.as_tensor(chatted[name]))
-        assert torch.equal(torch.as_tensor(typed[name]), torch.as_tensor(named[name]))
-    two = prompt(processor, (scene, scene), "What is it?", "USER: <image>\n{question} ASSISTANT:")
-    assert (two["input_ids"] == 3).sum() == 2 * (typed["input_ids"] == 3).sum()
-    assert words(processor, typed["input_ids"][0]).endswith("What is it? ASSISTANT:")
-    for bad in ("{question}", "<image>", "<image> <image> {question}"):
-        with pytest.raises(SteeringError, match="needs {question} and, once, the image token '<image>'"):
-            prompt(processor, (scene,), "What is it?", bad)
-
-
+# ---- refusals --------------------------------------------------------------------------------------------------------
 def test_what_cannot_be_looked_at_is_refused() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 

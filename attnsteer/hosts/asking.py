@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..chat import PLAIN_TEMPLATE
+from ..chat import question_inputs
 from ..errors import SteeringError
 from .decoders import core
 from .vlm_families import PER_TOKEN, padding_id, vision_tokens
@@ -44,40 +44,12 @@ class Batch:
         return int(self.inputs["input_ids"].shape[1])
 
 
-def prompt(hf_processor: Any, pictures: Pictures, question: str, template: str | None = None) -> dict[str, Any]:
-    """The inputs of one prompt: the pictures, then the question, in the words that the model was trained on.
-
-    Args:
-        template: a prompt typed by hand with ``{question}`` and the processor's image token (or ``{image}``) in it,
-            which is repeated for each picture; None uses the processor's chat template.
-
-    Raises:
-        SteeringError: a template without these two.
-    """
-    token = str(getattr(hf_processor, "image_token", "<image>"))
-    if template is None and getattr(hf_processor, "chat_template", None):
-        content = [{"type": "image", "image": picture} for picture in pictures]
-        chat = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
-        return dict(
-            hf_processor.apply_chat_template(
-                [chat], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-            )
-        )
-    text = (PLAIN_TEMPLATE if template is None else template).replace("{image}", token)
-    if text.count(token) != 1 or "{question}" not in text:
-        raise SteeringError(
-            f"template={template!r} needs {{question}} and, once, the image token {token!r} of this processor."
-        )
-    text = text.replace(token, token * len(pictures)).replace("{question}", question)
-    return dict(hf_processor(text=[text], images=[list(pictures)], return_tensors="pt"))
-
-
 def row(
     model: torch.nn.Module, hf_processor: Any, pictures: Pictures, question: str, template: str | None = None
 ) -> dict[str, Tensor]:
-    """The inputs of one prompt as tensors on the model's device, pixels in its dtype."""
+    """The inputs of one prompt (``chat.question_inputs``) as tensors on the model's device, pixels in its dtype."""
     inner: Any = core(model)
-    given = prompt(hf_processor, pictures, question, template)
+    given = question_inputs(hf_processor, [pictures], [question], template)
     tensors = {name: value.to(inner.device) for name, value in given.items() if isinstance(value, Tensor)}
     return {name: value.to(inner.dtype) if value.is_floating_point() else value for name, value in tensors.items()}
 

@@ -8,8 +8,9 @@ preparation for ``generate``, so it is what plain generation from that prompt wo
 cache: forced tokens, beams that change places, candidates that assisted decoding takes back. Attention is edited in the
 user's rows alone.
 
-Cost: one more forward of all rows for each distinct counterpart (two where some rows noise the picture and others take
-it away), and a second cache. Counterparts are forgotten with the generation, or with the user's cache.
+Cost: for each distinct counterpart one more forward of the rows that ask for it, and a second cache (all rows where
+pictures cannot be told apart by row, see ``counterparts.of_rows``). Counterparts are forgotten with the generation, or
+with the user's cache.
 """
 
 from __future__ import annotations
@@ -30,15 +31,13 @@ from ..errors import SteeringError
 from ..processor import Processor
 from ..scheduler import Plan, Rows, plans_of
 from ..where import Where
-from .counterparts import counterpart_inputs, instruction_ids
-from .vlm_families import NOT_FOR_PREFILL, PER_TOKEN, VisionTokens, padding_id, vision_tokens, why_no_image_free_lane
+from .branch import Branch
+from .counterparts import counterpart_inputs, instruction_ids, of_rows
+from .vlm_families import NOT_FOR_PREFILL, VisionTokens, padding_id, vision_tokens, why_no_image_free_lane
 from .vlm_inputs import cache_length, on_device, undisturbed
 
 Asked = list[tuple[Processor, tuple[bool, ...]]]
 """Who combines with a counterpart, and in which variants."""
-PER_ROW = ("attention_mask", "position_ids", *PER_TOKEN)
-KEPT = (*PER_ROW, "past_key_values", "use_cache")
-"""What decode steps need of the inputs."""
 
 
 def refusals(config: Any, rows: Sequence[Sequence[Plan]], processor: Any = None) -> list[str]:
@@ -90,10 +89,11 @@ class _Prompt:
 
 @dataclass(eq=False)
 class _State:
-    """What runs beside one cache of the user's: the counterparts, and how many answer tokens they have seen."""
+    """What runs beside one cache of the user's: the counterparts, who combines with each in which of its rows, and how
+    many answer tokens they have seen."""
 
     prompt: _Prompt
-    branches: list[tuple[_Branch, list[tuple[Processor, Tensor]]]] = field(default_factory=list)
+    branches: list[tuple[Branch, list[tuple[Processor, Tensor]]]] = field(default_factory=list)
     fed: int = 0
 
     def crop(self, tokens: int) -> None:
@@ -101,62 +101,6 @@ class _State:
         for branch, _ in self.branches:
             branch.crop(tokens)
         self.fed -= tokens
-
-
-class _Branch:
-    """One counterpart in generation: its inputs as ``generate`` keeps them, and its cache."""
-
-    def __init__(self, model: Any, inputs: Mapping[str, Any], names: Sequence[str]):
-        self._model = model
-        self._ids: Tensor = inputs["input_ids"]
-        self._kwargs = {name: value for name, value in inputs.items() if name != "input_ids"}
-        self._kwargs["use_cache"] = True
-        if "position_ids" in names:
-            self._kwargs["position_ids"] = model._prepare_position_ids_for_generation(self._ids, self._kwargs)
-        if bool(self._kwargs["attention_mask"].all()):
-            self._kwargs["attention_mask"] = None  # as generate does: kernels are faster without
-        self._first = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
-        self._records = False
-
-    def begin(self, times: int) -> Tensor:
-        """The prediction behind the prompt, ``(B times, 1, V)``; beams repeat each row, here after the prefill."""
-        logits = self._run(self._ids, is_first_iteration=True, **self._first)[:, -1:]
-        self._kwargs = {name: value for name, value in self._kwargs.items() if name in KEPT}  # the picture is in
-        if times > 1:
-            self._kwargs["past_key_values"].batch_repeat_interleave(times)
-            for name in PER_ROW:
-                if isinstance(self._kwargs.get(name), Tensor):  # (B, N), or (3, B, N) of positions in a picture
-                    self._kwargs[name] = self._kwargs[name].repeat_interleave(times, dim=-2)
-        return logits.repeat_interleave(times, dim=0)
-
-    def feed(self, tokens: Tensor) -> Tensor:
-        """The predictions behind each of ``T`` more tokens, ``(B, T, V)``."""
-        if self._records:
-            self._kwargs["past_key_values"].crop(0)  # a window that records its past waits for this
-        count = tokens.shape[1]
-        self._kwargs = self._model._update_model_kwargs_for_generation({}, self._kwargs, num_new_tokens=count)
-        return self._run(tokens)
-
-    def record(self) -> None:
-        """Windows shall keep what ``crop`` may want back."""
-        self._records = True
-        self._kwargs["past_key_values"].activate_past_recording()
-
-    def crop(self, tokens: int) -> None:
-        self._kwargs["past_key_values"].crop(-tokens)
-        for name in PER_ROW:
-            if isinstance(self._kwargs.get(name), Tensor):
-                self._kwargs[name] = self._kwargs[name][..., :-tokens]
-
-    def reorder(self, beams: Tensor) -> None:
-        self._kwargs["past_key_values"].reorder_cache(beams)
-
-    def _run(self, ids: Tensor, **more: Any) -> Tensor:
-        prepared = self._model.prepare_inputs_for_generation(ids, **self._kwargs, **more)
-        # past our own interception, and past a graph of the whole model, which serves the user's shapes
-        out = nn.Module._call_impl(self._model, **prepared, return_dict=True)
-        self._kwargs["past_key_values"] = out.past_key_values
-        return out.logits
 
 
 class Contrasts:
@@ -274,8 +218,8 @@ class Contrasts:
         return out if state is None else _replaced(out, given, self._combined(out, given, state, others))
 
     def _follow(self, ids: Tensor, cache: Any, seen: int, generating: bool) -> tuple[_State | None, list[Tensor]]:
-        """Run the counterparts on the tokens of this pass; their predictions ``(B, T, V)``, or None in the middle of a
-        prompt."""
+        """Run the counterparts on the tokens of this pass; the predictions ``(r, T, V)`` of the rows of each, or None
+        in the middle of a prompt."""
         state = None if cache is None else self._states.get(cache)
         if seen == 0 or (generating and (state is None or state.prompt is not self._prompt)):
             prompt = self._prompt
@@ -303,19 +247,21 @@ class Contrasts:
 
     def _begin(self, state: _State, rows: int) -> list[Tensor]:
         """Build and start the counterparts of a prompt, whose rows beams may have repeated."""
-        inputs, others = state.prompt.inputs, []
-        times = rows // inputs["input_ids"].shape[0]
+        prompt, others = state.prompt, []
+        times = rows // len(prompt.has_image)
         pad = padding_id(self._model.config, self._tokens)
-        has_image = state.prompt.has_image.repeat_interleave(times)
         for what, asked in self._asked.items():
-            on = [(who, has_image & _dealt(mine, rows, has_image.device)) for who, mine in asked]
-            if not bool(torch.stack([rows_on for _, rows_on in on]).any()):
+            on = torch.stack([prompt.has_image & _dealt(mine, prompt.has_image) for _, mine in asked])
+            asking = on.any(0).nonzero()[:, 0]
+            if not len(asking):
                 continue
+            chosen, inputs = of_rows(prompt.inputs, asking, prompt.has_image, what)
             made = counterpart_inputs(inputs, what, self._tokens, pad, self._tokenizer)
             with undisturbed(self._model):
-                branch = _Branch(self._model, made, self._names)
+                branch = Branch(self._model, made, self._names, chosen)
                 others.append(branch.begin(times))
-            state.branches.append((branch, on))
+            on = on[:, chosen].repeat_interleave(times, dim=1)
+            state.branches.append((branch, [(who, mine) for (who, _), mine in zip(asked, on, strict=True)]))
         return others
 
     def _feed(self, state: _State, tokens: Tensor, recording: bool) -> list[Tensor]:
@@ -329,15 +275,15 @@ class Contrasts:
     def _combined(self, out: Any, given: Mapping[str, Any], state: _State, others: Sequence[Tensor]) -> Tensor:
         """The logits of the pass with those of its newest positions combined, row by row."""
         logits: Tensor = out[_place(given)] if isinstance(out, tuple) else out.logits
-        for (_, asked), other in zip(state.branches, others, strict=True):
-            count = min(logits.shape[1], other.shape[1])
-            newest = logits[:, logits.shape[1] - count :]
+        for (branch, asked), other in zip(state.branches, others, strict=True):
+            count, rows = min(logits.shape[1], other.shape[1]), branch.rows.to(logits.device)
+            before, newest = logits.split([logits.shape[1] - count, count], dim=1)
             step = torch.arange(state.fed + 1 - count, state.fed + 1, device=logits.device)
-            combined = newest
+            mine = combined = newest[rows]
             for who, on in asked:
-                found = who.combine(wide(newest), wide(other[:, -count:]).to(newest.device), step)
-                combined = torch.where(on[:, None, None].to(newest.device), found.to(newest.dtype), combined)
-            logits = torch.cat([logits[:, : logits.shape[1] - count], combined], 1)
+                found = who.combine(wide(mine), wide(other[:, -count:]).to(mine.device), step)
+                combined = torch.where(on[:, None, None].to(mine.device), found.to(mine.dtype), combined)
+            logits = torch.cat([before, newest.index_copy(0, rows, combined)], 1)
         return logits
 
     def mute(self, modules: Iterable[torch.nn.Module]) -> None:
@@ -355,8 +301,9 @@ class Contrasts:
                 module.__dict__[ATTRIBUTE] = binding
 
 
-def _dealt(mine: Sequence[bool], rows: int, device: torch.device) -> Tensor:
-    return torch.tensor(mine, device=device).repeat_interleave(rows // len(mine))
+def _dealt(mine: Sequence[bool], rows: Tensor) -> Tensor:
+    """Which of the rows ``(B,)`` belong to the variants marked in ``mine``."""
+    return torch.tensor(mine, device=rows.device).repeat_interleave(len(rows) // len(mine))
 
 
 def _prompt_refusals(given: Mapping[str, Any], ids: Any, mask: Any, config: Any) -> list[str]:

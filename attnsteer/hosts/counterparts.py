@@ -1,7 +1,8 @@
 """Prompts that a contrast is made with: without the image, with noise on the picture, with an instruction written in.
 
-Each function takes the inputs of the whole prompt and gives those of its counterpart, with the same rows. All are
-padded on the left, as is the prompt, so that both end where the next token is predicted.
+``of_rows`` takes the rows that ask for a counterpart; the other functions take the inputs of a whole prompt and give
+those of its counterpart, with the same rows. All are padded on the left, as is the prompt, so that both end where the
+next token is predicted.
 """
 
 from __future__ import annotations
@@ -42,6 +43,49 @@ def counterpart_inputs(
         return {**inputs, **noised(inputs, what)}
     ids, bos = instruction_ids(tokenizer, what), getattr(tokenizer, "bos_token_id", None)
     return instructed(inputs, ids, what, tokens, bos)
+
+
+# ---- the rows that ask -----------------------------------------------------------------------------------------------
+def of_rows(
+    inputs: Mapping[str, Any], rows: Tensor, has_image: Tensor, what: Counterpart
+) -> tuple[Tensor, dict[str, Any]]:
+    """Rows of a prompt with what their counterpart needs of the pictures.
+
+    Families hand pictures over as one list without saying whose they are. Where that list is as long as there are rows
+    with a picture, each of these has one, and the pictures of some rows can be taken. Otherwise (several pictures in a
+    row, tiles in one list, videos) a counterpart that looks at them runs on all rows.
+
+    Args:
+        inputs: of the prompt, ``B`` rows.
+        rows: int ``(r,)``, those that ask, in order; each has a picture.
+        has_image: bool ``(B,)``.
+
+    Returns:
+        The rows taken, int, and their inputs.
+    """
+    seen = {} if isinstance(what, ImageFree) else _pictures(inputs, rows, has_image)
+    if seen is None:
+        return torch.arange(len(has_image), device=rows.device), dict(inputs)
+    given = {name: inputs[name][rows] for name in TOKENS if isinstance(inputs.get(name), Tensor)}
+    return rows, {**inputs, **seen, **given}
+
+
+def _pictures(inputs: Mapping[str, Any], rows: Tensor, has_image: Tensor) -> dict[str, Tensor] | None:
+    """The inputs of the pictures of some rows; None where whose they are cannot be known."""
+    places, total = (has_image.cumsum(0) - 1)[rows], int(has_image.sum())
+    found: dict[str, Tensor] = {}
+    for name, value in inputs.items():
+        if name in TOKENS or value is None or isinstance(value, (bool, int, float, str)):
+            continue
+        if not isinstance(value, Tensor):
+            return None
+        sizes = inputs.get(PACKED.get(name, ""))
+        lengths = [1] * len(value) if sizes is None else sizes.prod(-1).tolist()
+        if len(lengths) != total or "video" in name:
+            return None
+        parts = value.split(lengths)
+        found[name] = torch.cat([parts[place] for place in places.tolist()])
+    return found
 
 
 # ---- without the image -----------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 What a method does to the last row of a prompt changes no key and no value of the rows before it (causal order). So the
 prompt is run once, plainly; each generation takes a copy of that cache without the last token and runs this one token
-again, steered. Exact, also where the steered layers lie before the layers that a survey read.
+again, steered. Exact, also where the steered layers lie before the layers that a survey read. With ``variants=`` the
+rows of that cache are repeated, and many strengths are rows of one generation.
 
 A prompt whose rows see the last one (PaliGemma reads its prompt in both directions) has no such prefill, and neither
 has a method that changes other rows: both are refused.
@@ -12,24 +13,30 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..attach import attach, sites
+from ..attach import attach, rows_given, sites
 from ..errors import SteeringError
 from ..logits import per_query
 from ..processor import Processor
 from ..scheduler import make_plan
 from ..site import AttentionCall, Kind
+from .base import take_rows
 from .decoders import core
 from .survey import Known
 from .vlm_families import PER_TOKEN, SCRATCH
+from .vlm_inputs import undisturbed
 from .worlds import is_language_model
 
+if TYPE_CHECKING:
+    from ..variants import Variant
+
+Variants: TypeAlias = "Sequence[Variant | Sequence[Processor] | Processor | None]"
 _ALONE: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
 _ALONE |= {"prefill_chunk_size": None, "cache_implementation": None}
 """Options of ``generate`` for one whole prefill, whatever the model's generation config says."""
@@ -71,61 +78,67 @@ class Prefill:
     def __init__(self, model: Any, inputs: Mapping[str, Any], cache: Any, known: Known, processor: Any):
         self._model, self._inputs, self._cache, self._known, self._processor = model, inputs, cache, known, processor
         self._scratch = _scratch(core(model))
+        self._batch = int(inputs["input_ids"].shape[0])
 
-    def generate(self, *processors: Processor, **options: Any) -> Any:
+    def generate(self, *processors: Processor, variants: Variants | None = None, **options: Any) -> Any:
         """``model.generate(**inputs, **options)`` under these processors, from the last prompt token on.
 
         Args:
             processors: as for ``attach``; none for the plain model.
+            variants: instead of ``processors``, as for ``attach``: ``V`` of them over ``B`` prompts are ``V B`` rows of
+                one generation. First come all prompts under the first variant, then all under the second. None and an
+                empty list are the plain model.
             **options: of ``generate``: lengths, sampling, beams; no inputs.
 
         Raises:
-            SteeringError: a processor that changes more than the last row, or an option that is an input.
+            SteeringError: processors and variants; a processor that changes more than the last row; or an option that
+                is an input.
         """
-        reasons = [reason for processor in processors for reason in self._refusals(processor)]
+        given = rows_given(processors, variants) if processors or variants is not None else [[]]
+        reasons = [reason for processor in _each(given) for reason in _refusals(processor)]
         reasons += [f"{name}= was given to prefill already." for name in options if name in self._inputs]
         if reasons:
             raise SteeringError(reasons)
+        rows = torch.arange(self._batch).repeat(len(given))
+        inputs = {n: v for n, v in self._inputs.items() if n in ("input_ids", "attention_mask", *PER_TOKEN)}
         cache = copy.deepcopy(self._cache)
-        repeats = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
-        if repeats > 1:
-            cache.batch_repeat_interleave(repeats)
-        given = {n: v for n, v in self._inputs.items() if n in ("input_ids", "attention_mask", *PER_TOKEN)}
-        with self._as_prefilled(), self._steered(processors):
-            return self._model.generate(**given, past_key_values=cache, **options)
+        beams = _sequences(core(self._model), options)
+        if len(given) * beams > 1:
+            cache.batch_select_indices(rows.repeat_interleave(beams))
+        with self._as_prefilled(rows), self._steered(given, rows):
+            return self._model.generate(**take_rows(inputs, rows, self._batch), past_key_values=cache, **options)
 
-    def logits(self, *processors: Processor) -> Tensor:
-        """The logits of the next token under these processors, ``(B, vocabulary)`` float32."""
-        out = self.generate(*processors, **_ALONE, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
-        return out.logits[0]
-
-    def _refusals(self, processor: Processor) -> list[str]:
-        if not isinstance(processor, Processor):
-            raise SteeringError(f"{processor!r} is not an attnsteer processor.")
-        if processor.last_row_only or processor.inert:
-            return []
-        name = type(processor).__name__
-        return [
-            f"{name} changes more than the last row of a prompt (it is not last_row_only), so it needs its own "
-            "prefill: attach it and call generate."
-        ]
+    def logits(self, *processors: Processor, variants: Variants | None = None) -> Tensor:
+        """The logits of the next token under these processors, ``(B, vocabulary)`` float32; of ``V`` variants
+        ``(V B, vocabulary)``, in the order of ``generate``."""
+        once: dict[str, Any] = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
+        return self.generate(*processors, variants=variants, **_ALONE, **once).logits[0]
 
     @contextlib.contextmanager
-    def _steered(self, processors: tuple[Processor, ...]) -> Iterator[None]:
-        if not processors:
+    def _steered(self, given: Sequence[Sequence[Processor]], rows: Tensor) -> Iterator[None]:
+        if not any(given):
             yield
             return
-        with attach(self._model, *processors, processor=self._processor) as steering:
+        self._read(list(_each(given)))
+        with attach(self._model, variants=given, processor=self._processor) as steering:
             surveyor = getattr(steering.session, "surveyor", None)
             if surveyor is not None:  # the prompt without its pixels cannot be read again
-                surveyor.known, surveyor.inputs = self._known, self._inputs
+                surveyor.known = [(reader, take_rows(left, rows, self._batch)) for reader, left in self._known]
             yield
 
+    def _read(self, processors: Sequence[Processor]) -> None:
+        """Read the prompt once more for surveys that are new."""
+        known = [reader for reader, _ in self._known]
+        missing = [reader for reader in _surveys(self._model, processors) if reader not in known]
+        if missing:
+            with undisturbed(core(self._model)):
+                self._known += _read(self._model, missing, self._inputs, self._processor)
+
     @contextlib.contextmanager
-    def _as_prefilled(self) -> Iterator[None]:
+    def _as_prefilled(self, rows: Tensor) -> Iterator[None]:
         """Inside, what a family keeps of its last prefill is what it kept of this one."""
         kept = _scratch(core(self._model))
-        _restore(self._scratch)
+        _restore([(module, name, take_rows(value, rows, self._batch)) for module, name, value in self._scratch])
         try:
             yield
         finally:
@@ -136,7 +149,7 @@ def prefill(model: Any, *processors: Processor, processor: Any = None, **inputs:
     """Run a prompt once, for many generations or logits that differ in what they do to its last row.
 
         ready = attnsteer.prefill(model, GIFT(), processor=hf_processor, **inputs)
-        answers = [ready.generate(GIFT(alpha=alpha), max_new_tokens=32) for alpha in (1, 3, 5)]
+        answers = ready.generate(variants=[GIFT(alpha=alpha) for alpha in (1, 3, 5)], max_new_tokens=32)
 
     Args:
         model: a Hugging Face language or vision-language model to which nothing is attached.
@@ -153,24 +166,57 @@ def prefill(model: Any, *processors: Processor, processor: Any = None, **inputs:
         raise SteeringError("prefill needs input_ids, and makes the cache itself: leave past_key_values out.")
     from transformers import DynamicCache
 
-    there = sites(model)
-    surveys: list[Processor] = []
-    for plan in [make_plan(p, there) for p in processors]:
-        if plan.survey is not None and plan.survey.processor not in surveys:
-            surveys.append(plan.survey.processor)
     inner: Any = core(model)
     cache = DynamicCache(config=inner.config.get_text_config(decoder=True))
     cache.activate_past_recording()  # sliding layers keep what the crop needs
-    with attach(model, _LastKey(), *surveys, processor=processor) as steering:
+    known = _read(model, [_LastKey(), *_surveys(model, processors)], inputs, processor, cache)
+    cache.crop(-1)
+    for layer in cache.layers:
+        if getattr(layer, "record_past", False):
+            layer.record_past = False  # or the copies would keep every token that they generate
+    return Prefill(model, inputs, cache, known, processor)
+
+
+# ---- reading the prompt ----------------------------------------------------------------------------------------------
+def _surveys(model: Any, processors: Sequence[Processor]) -> list[Processor]:
+    """What these processors want to be read of a prompt, each once."""
+    there = sites(model)
+    plans = [make_plan(processor, there) for processor in processors if not processor.inert]
+    wanted = [plan.survey.processor for plan in plans if plan.survey is not None]
+    return [reader for n, reader in enumerate(wanted) if reader not in wanted[:n]]
+
+
+def _read(
+    model: Any, readers: Sequence[Processor], inputs: Mapping[str, Any], processor: Any, cache: Any = None
+) -> Known:
+    """One plain pass of the whole prompt, and what each reader left."""
+    with attach(model, *readers, processor=processor) as steering:
         model.generate(**inputs, **_ALONE, past_key_values=cache, max_new_tokens=1)
-        known = [(plan.processor, dict(plan.shared)) for plan in steering.plans if plan.processor in surveys]
-        cache.crop(-1)
-        for layer in cache.layers:
-            if getattr(layer, "record_past", False):
-                layer.record_past = False  # or the copies would keep every token that they generate
-        return Prefill(model, inputs, cache, known, processor)
+        return [(plan.processor, dict(plan.shared)) for plan in steering.plans]
 
 
+# ---- what is asked for -----------------------------------------------------------------------------------------------
+def _each(given: Sequence[Sequence[Processor]]) -> Iterator[Processor]:
+    return (processor for row in given for processor in row)
+
+
+def _refusals(processor: Processor) -> list[str]:
+    if processor.last_row_only or processor.inert:
+        return []
+    name = type(processor).__name__
+    return [
+        f"{name} changes more than the last row of a prompt (it is not last_row_only), so it needs its own prefill: "
+        "attach it and call generate."
+    ]
+
+
+def _sequences(model: Any, options: Mapping[str, Any]) -> int:
+    """Into how many rows ``generate`` turns each row that it is given."""
+    config = options.get("generation_config") or model.generation_config
+    return max(options.get(name, getattr(config, name)) or 1 for name in ("num_beams", "num_return_sequences"))
+
+
+# ---- what families keep ----------------------------------------------------------------------------------------------
 def _scratch(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, Any]]:
     return [(m, name, m.__dict__[name]) for m in model.modules() for name in SCRATCH if name in m.__dict__]
 

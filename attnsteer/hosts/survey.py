@@ -37,15 +37,14 @@ class Surveyor:
         bindings: what the modules carry while they are steered.
 
     Attributes:
-        known: surveys of the prompt to come that were read before, or None where every prompt is new.
-        inputs: the whole prompt, where a generation is given only what its cache lacks (``attnsteer.prefill``).
+        known: surveys of the prompt to come that were read before (``attnsteer.prefill``), or None where every prompt
+            is new.
     """
 
     def __init__(self, model: Any, names: Sequence[str], plans: Sequence[Plan], bindings: Mapping[Site, Binding]):
         self._model, self._names, self._bindings = model, names, bindings
         self._asking = [(plan, plan.survey) for plan in plans if plan.survey is not None]
         self.known: Known | None = None
-        self.inputs: Mapping[str, Any] | None = None
 
     def run(self, given: Mapping[str, Any], spans: KeySpans) -> None:
         """Read the prompt once for all surveys that are not known, and hand to every plan what its own left.
@@ -60,7 +59,7 @@ class Surveyor:
             if survey.processor not in there:
                 missing.append(survey)
         if missing:
-            self._read(missing, given if self.inputs is None else self.inputs, spans)
+            self._read(missing, given, spans)
         known += [(survey.processor, dict(survey.shared)) for survey in missing]
         for plan, survey in self._asking:
             plan.shared.update(next(left for reader, left in known if reader == survey.processor))

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnsteer.hosts.counterparts import noised
 from attnsteer.hosts.vlm_families import PIXELS
 from attnsteer.hosts.vlm_inputs import with_answer
+from attnsteer.processors import VCD, ImageContrast
+from tests.hosts.common import GREEDY
 from tests.tiny import vlms
 
 SPECIAL = vlms.VIDEO + 1
@@ -115,3 +118,19 @@ def rows_of(inputs: dict[str, Any], change: Callable[[dict[str, Any]], dict[str,
 
 def pixels_of(inputs: dict[str, Any]) -> Tensor:
     return next(inputs[name] for name in PIXELS if name in inputs)
+
+
+# ---- two methods and what they say -----------------------------------------------------------------------------------
+TEXT_ONLY = {**GREEDY, "suppress_tokens": list(range(SPECIAL))}
+IMAGE = ImageContrast(gamma=2.5, cutoff=0.02)
+IMAGE_ORACLE = pai(2.5, 0.02)
+NOISE = VCD(alpha=2.0, beta=0.02, noise_step=900, seed=3)
+NOISE_ORACLE = vcd(2.0, 0.02)
+
+
+def with_noise(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {**inputs, **noised(inputs, NOISE.contrast())}
+
+
+def answers(model: Any, inputs: dict[str, Any], count: int = 5, **options: Any) -> list[list[int]]:
+    return model.generate(**inputs, **{**TEXT_ONLY, **options})[:, -count:].tolist()

@@ -12,35 +12,24 @@ from torch import Tensor
 import attnsteer
 from attnsteer import SteeringError, Where
 from attnsteer.hosts.counterparts import noised
-from attnsteer.processors import ICD, M3ID, VCD, VHR, ImageContrast
-from tests.hosts.common import GREEDY, BoostImage, ScaleAll, state_of, without_a_picture
+from attnsteer.processors import ICD, VCD, VHR
+from tests.hosts.common import GREEDY, BoostImage, ScaleAll, state_of
 from tests.hosts.contrasting import (
-    SPECIAL,
+    IMAGE,
+    IMAGE_ORACLE,
+    NOISE,
+    NOISE_ORACLE,
+    answers,
     beams,
     greedy,
     logits_after,
-    pai,
     pixels_of,
     rows_of,
     sampled,
-    vcd,
+    with_noise,
     without_image,
 )
 from tests.tiny import vlms
-
-TEXT_ONLY = {**GREEDY, "suppress_tokens": list(range(SPECIAL))}
-IMAGE = ImageContrast(gamma=2.5, cutoff=0.02)
-IMAGE_ORACLE = pai(2.5, 0.02)
-NOISE = VCD(alpha=2.0, beta=0.02, noise_step=900, seed=3)
-NOISE_ORACLE = vcd(2.0, 0.02)
-
-
-def with_noise(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {**inputs, **noised(inputs, NOISE.contrast())}
-
-
-def answers(model: Any, inputs: dict[str, Any], count: int = 5, **options: Any) -> list[list[int]]:
-    return model.generate(**inputs, **{**TEXT_ONLY, **options})[:, -count:].tolist()
 
 
 # ---- equal to two models stepped by hand -----------------------------------------------------------------------------
@@ -174,79 +163,6 @@ def test_a_loop_of_the_users_own_is_contrasted_token_by_token() -> None:
             token = expected.sequences[:, step - 5, None]
             mask = torch.cat([mask, torch.ones_like(token)], 1)
             out = model(input_ids=token, attention_mask=mask, past_key_values=out.past_key_values)
-
-
-# ---- rows ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["llava", "qwen25", "smolvlm"])
-def test_several_contrasts_in_one_batch_equal_solo_runs(name: str) -> None:
-    model, make = vlms.build(name)
-    inputs = make(4, left_padding=True)
-    variants = [[IMAGE], [], [NOISE], [M3ID(decay=0.5), VHR()]]
-    with attnsteer.attach(model, variants=variants):
-        together, logits = answers(model, inputs), model(**inputs).logits
-    plain = model(**inputs).logits
-    assert torch.equal(logits[1], plain[1])
-    for row, processors in enumerate(variants):
-        alone = vlms.row(inputs, row)
-        with attnsteer.attach(model, variants=[processors]):
-            assert answers(model, alone) == [together[row]]
-
-
-def test_rows_may_change_places() -> None:
-    model, make = vlms.build("llava")
-    inputs, order = make(3), [2, 0, 1]
-    moved = {name: value[order] for name, value in inputs.items()}
-    for processor in (IMAGE, NOISE):
-        with attnsteer.steer(model, processor):
-            found = answers(model, inputs)
-            assert answers(model, moved) == [found[row] for row in order]
-
-
-def test_beams_of_several_variants_keep_to_their_rows() -> None:
-    model, make = vlms.build("llava")
-    inputs = make(2)
-    plain = answers(model, inputs, num_beams=2)
-    with attnsteer.attach(model, variants=[[], [NOISE]]):
-        mixed = answers(model, inputs, num_beams=2)
-    with attnsteer.attach(model, variants=[[NOISE]]):
-        alone = answers(model, vlms.row(inputs, 1), num_beams=2)
-    assert mixed == [plain[0], alone[0]]
-
-
-@pytest.mark.parametrize("processor", [VCD(alpha=0), ImageContrast(gamma=1), M3ID(decay=0), ICD(alpha=0)])
-def test_strength_zero_is_the_plain_model_bit_for_bit(processor: Any) -> None:
-    model, make = vlms.build("llava")
-    inputs = make(2, left_padding=True)
-    options = {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
-    plain, before = model.generate(**inputs, **options), model(**inputs).logits
-    for variants in ([[processor]], [[processor], [NOISE]]):
-        with attnsteer.attach(model, variants=variants):
-            found, logits = model.generate(**inputs, **options), model(**inputs).logits
-        assert torch.equal(logits[0], before[0])
-        assert all(torch.equal(a[0], b[0]) for a, b in zip(found.logits, plain.logits, strict=True))
-
-
-@pytest.mark.parametrize("name", ["llava", "qwen25", "gemma3"])
-def test_rows_without_a_picture_are_left_alone(name: str) -> None:
-    model, make = vlms.build(name)
-    inputs = without_a_picture(make(2), make(1))
-    plain = model(**inputs).logits
-    for processor in (IMAGE, NOISE):
-        with attnsteer.steer(model, processor):
-            logits = model(**inputs).logits
-        assert torch.equal(logits[1], plain[1])
-        assert not torch.equal(logits[0], plain[0])
-
-
-def test_a_batch_without_pictures_runs_no_second_forward() -> None:
-    model, _ = vlms.build("llava")
-    ids = torch.randint(10, 60, (2, 7))
-    plain, passes = model.generate(input_ids=ids, **GREEDY), []
-    handle = model.lm_head.register_forward_pre_hook(lambda *_: passes.append(1))
-    with attnsteer.steer(model, NOISE):
-        assert torch.equal(model.generate(input_ids=ids, **GREEDY), plain)
-    handle.remove()
-    assert len(passes) == 5
 
 
 # ---- composition -----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from attnsteer import AttentionCall, KeyBias, Processor, Site, SteeringError, Wh
 from attnsteer.capture import probabilities
 from attnsteer.processors.gift import GIFT
 from attnsteer.processors.vhr import VHR
-from tests.hosts.common import GREEDY, BoostImage, Look, ScaleAll, factors_of, state_of
+from tests.hosts.common import GREEDY, BoostImage, Look, factors_of, state_of
 from tests.tiny import denoisers, vlms
 
 
@@ -179,62 +179,3 @@ def test_surveys_are_for_language_models() -> None:
     model, _ = denoisers.build("flux")
     with pytest.raises(SteeringError, match="SurveysPictures surveys the prompt, which is for language models"):
         attnsteer.attach(model, SurveysPictures())
-
-
-# ---- one prefill for many --------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", [n for n in vlms.NAMES if n != "paligemma"])
-def test_replaying_the_last_token_equals_two_passes(name: str) -> None:
-    """Three strengths and the plain model from one prefill, also after another prompt went through the model."""
-    model, make = vlms.build(name)
-    inputs = make(2, left_padding=True)
-    ready = attnsteer.prefill(model, GIFT(token_selector="all"), **inputs)
-    model.generate(**make(1, seed=3), max_new_tokens=2)
-    once = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    for processors in [(GIFT(token_selector="all", alpha=a),) for a in (0.5, 5.0)] + [()]:
-        with attnsteer.attach(model, variants=[list(processors)]):
-            logits = model.generate(**inputs, **once).logits[0]
-            tokens = model.generate(**inputs, **GREEDY)
-        torch.testing.assert_close(ready.logits(*processors), logits, rtol=1e-4, atol=1e-4)
-        assert torch.equal(ready.generate(*processors, **GREEDY), tokens)
-        assert torch.equal(ready.generate(*processors, **GREEDY), tokens)  # the cache is as it was
-
-
-def test_a_prefill_runs_the_image_once() -> None:
-    model, make = vlms.build("qwen25")
-    inputs = make(1)
-    passes: list[int] = []
-    model.model.visual.register_forward_hook(lambda *_: passes.append(1))
-    before = state_of(model)
-    ready = attnsteer.prefill(model, GIFT(token_selector="all"), **inputs)
-    answers = [ready.generate(GIFT(token_selector="all", alpha=a), **GREEDY) for a in (1.0, 3.0)]
-    assert len(passes) == 1
-    other = GIFT(token_selector="all", saliency=0)
-    for _ in range(2):  # another survey is read when it is first wanted
-        answers.append(ready.generate(other, **GREEDY))
-        assert len(passes) == 2
-    beams = ready.generate(other, **GREEDY, num_beams=2)
-    assert state_of(model) == before
-    with attnsteer.steer(model, other):
-        assert torch.equal(model.generate(**inputs, **GREEDY), answers[-1])
-        assert torch.equal(model.generate(**inputs, **GREEDY, num_beams=2), beams)
-
-
-def test_what_cannot_share_a_prefill_is_refused() -> None:
-    model, make = vlms.build("llava")
-    inputs = make(1)
-    ready = attnsteer.prefill(model, **inputs)
-    for processor in (ScaleAll(), VHR()):
-        with pytest.raises(SteeringError, match=f"{type(processor).__name__} changes more than the last row"):
-            ready.generate(processor)
-    with pytest.raises(SteeringError, match="input_ids= was given to prefill already"):
-        ready.generate(input_ids=inputs["input_ids"])
-    assert torch.equal(ready.generate(VHR(alpha=1.0), **GREEDY), model.generate(**inputs, **GREEDY))
-    with pytest.raises(SteeringError, match="leave past_key_values out"):
-        attnsteer.prefill(model, **inputs, past_key_values=model(**inputs).past_key_values)
-    with pytest.raises(SteeringError, match="language model that generates, not Linear"):
-        attnsteer.prefill(torch.nn.Linear(1, 1), **inputs)
-    model, make = vlms.build("paligemma")
-    before = state_of(model)
-    with pytest.raises(SteeringError, match="Rows of this prompt see its last token"):
-        attnsteer.prefill(model, **make(1))
-    assert state_of(model) == before

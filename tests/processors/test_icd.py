@@ -112,12 +112,13 @@ def test_beams_equal_a_beam_search_with_two_predictions_by_hand(name: str) -> No
         assert text_only(model, inputs, 4, num_beams=2) == expected
 
 
-def test_several_instructions_in_one_batch_equal_solo_runs() -> None:
+@pytest.mark.parametrize("name", ["llava", "qwen25"])
+def test_several_instructions_in_one_batch_equal_solo_runs(name: str) -> None:
     class Words(Tokens):
         def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
             return {"input_ids": [20 + len(word) for word in text.split()]}
 
-    model, make = vlms.build("llava")
+    model, make = vlms.build(name)
     inputs = make(3, left_padding=True)
     variants = [[ICD(alpha=3.0)], [ICD(alpha=3.0, disturbance="Say what is not there. ")], []]
     with attnsteer.attach(model, variants=variants, processor=Words()):
