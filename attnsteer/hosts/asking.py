@@ -21,6 +21,7 @@ from ..chat import question_inputs
 from ..errors import SteeringError
 from .decoders import core
 from .vlm_families import PER_TOKEN, padding_id, vision_tokens
+from .vlm_inputs import TOKEN_BY_TOKEN
 
 Pictures = tuple[Image.Image, ...]
 
@@ -102,12 +103,13 @@ def joined(inner: Any, rows: Sequence[Mapping[str, Any]], pictures: Sequence[Pic
 
 
 def greedy(model: Any, batch: Batch, max_new_tokens: int) -> list[list[int]]:
-    """The tokens that the model says after each prompt, with the one that ends the answer where it comes."""
+    """The tokens that the model says after each prompt, with the one that ends the answer where it comes.
+
+    Every token has a pass of its own, the first that of the whole prompt: who looks on may count them.
+    """
     inputs = {**batch.inputs, "mm_encoder_outputs": dict(batch.inputs["mm_encoder_outputs"])}
     with torch.no_grad():
-        found = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, return_dict_in_generate=False
-        )
+        found = model.generate(**inputs, **TOKEN_BY_TOKEN, max_new_tokens=max_new_tokens, return_dict_in_generate=False)
     inner: Any = core(model)
     config = inner.generation_config
     ends = {*config.eos_token_id} if isinstance(config.eos_token_id, (list, tuple)) else {config.eos_token_id}

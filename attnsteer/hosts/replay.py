@@ -30,16 +30,15 @@ from .base import take_rows
 from .decoders import core
 from .survey import Known
 from .vlm_families import PER_TOKEN, SCRATCH
-from .vlm_inputs import undisturbed
+from .vlm_inputs import TOKEN_BY_TOKEN, undisturbed
 from .worlds import is_language_model
 
 if TYPE_CHECKING:
     from ..variants import Variant
 
 Variants: TypeAlias = "Sequence[Variant | Sequence[Processor] | Processor | None]"
-_ALONE: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
-_ALONE |= {"prefill_chunk_size": None, "cache_implementation": None}
-"""Options of ``generate`` for one whole prefill, whatever the model's generation config says."""
+_ALONE: dict[str, Any] = {**TOKEN_BY_TOKEN, "cache_implementation": None}
+"""Options of ``generate`` where the cache is handed to it."""
 
 
 @dataclass(frozen=True)
