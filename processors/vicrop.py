@@ -66,7 +66,8 @@ class ViCrop(Processor):
             336), 224 for Qwen-VL.
         ratios: sizes of the crop, as multiples of ``side``.
         high_resolution: large pictures get their map in tiles of at most about 1024 pixels (rows of tiles:
-            ``ceil(H / 1024)``, so many in a row that they are nearly square), each with passes of its own.
+            ``ceil(H / 1024)``, so many in a row that they are nearly square), each with passes of its own. What a
+            processor crops from a tile counts 0 (ours).
         final_images: ``"both"`` pictures in the final call, or ``"refined"`` alone for models of one picture (ours).
         median: of pure-grad's edges, an odd number of pixels.
         max_new_tokens: of the answer. Code: 20.
@@ -128,8 +129,11 @@ class ViCrop(Processor):
         maps = [
             [self.importance(model, hf_processor, part, asked, template, memory) for part in line] for line in parts
         ]
-        attention = _beside(maps)
-        area = covered_area(hf_processor, picture.size) if len(parts) == len(parts[0]) == 1 else (0, 0, *picture.size)
+        if len(parts) == len(parts[0]) == 1:
+            attention, area = maps[0][0], covered_area(hf_processor, picture.size)
+        else:
+            seen = [[covered_area(hf_processor, part.size) for part in line] for line in parts]
+            attention, area = _beside(parts, maps, seen), (0, 0, *picture.size)
         box = self.box(model, attention, picture.size, area)
         crop = picture.crop(box)
         final = (picture, crop) if self.final_images == "both" else (crop,)
@@ -189,8 +193,23 @@ class ViCrop(Processor):
         return Where(layers=[layer], heads=self.where.heads)
 
 
-def _beside(maps: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Maps of tiles as one; tiles of a row whose maps differ in height or width are brought to those of the first."""
-    rows, columns = maps[0][0].shape
-    same = [[F.interpolate(m[None, None], (rows, columns), mode="nearest-exact")[0, 0] for m in line] for line in maps]
+def _beside(
+    parts: Sequence[Sequence[Image.Image]], maps: Sequence[Sequence[Tensor]], areas: Sequence[Sequence[Sequence[float]]]
+) -> Tensor:
+    """Maps of tiles as one; tiles whose maps differ in height or width are brought to those of the first."""
+    whole = [
+        [_over(m, tile.size, area) for tile, m, area in zip(*line, strict=True)]
+        for line in zip(parts, maps, areas, strict=True)
+    ]
+    rows, columns = whole[0][0].shape
+    same = [[F.interpolate(m[None, None], (rows, columns), mode="nearest-exact")[0, 0] for m in line] for line in whole]
     return torch.cat([torch.cat(line, dim=1) for line in same])
+
+
+def _over(grid: Tensor, size: tuple[int, int], area: Sequence[float]) -> Tensor:
+    """A map of an ``area`` of a tile as one of the whole tile, in cells of about the same size; 0 outside the area."""
+    left, top, right, bottom = area
+    across = max(1, round(size[0] * grid.shape[1] / (right - left)))
+    down = max(1, round(size[1] * grid.shape[0] / (bottom - top)))
+    x, y = across / size[0], down / size[1]  # cells per pixel
+    return torch.from_numpy(to_pixels(grid, (across, down), (left * x, top * y, right * x, bottom * y)))
