@@ -18,6 +18,7 @@ a prompt than alone, and subword vocabularies put spaces where the template has 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +31,8 @@ from ..spans import token_bytes
 from .vlm_families import VisionTokens
 
 _FIRST, _ANSWER, _SECOND = "attnsteer-first", "attnsteer-answer", "attnsteer-second"
-_WORD = re.compile(rb"[0-9A-Za-z\x80-\xff]+(?:['-][0-9A-Za-z\x80-\xff]+)*")
-"""A word in UTF-8; letters beyond ASCII are bytes from 0x80 on."""
+_WORD = re.compile("x+(?:['\u2019-]x+)*")
+"""A word where every letter, digit and accent is written as x; an apostrophe or hyphen may stand inside."""
 
 
 @dataclass(frozen=True)
@@ -135,12 +136,16 @@ def _turn_start(text: bytes, marks: Marks) -> int | None:
 
 def words_of(pieces: Sequence[bytes], start: int, stop: int) -> tuple[Word, ...]:
     """The words that the tokens ``[start, stop)`` spell. A token that two words share belongs to both."""
-    text, ends = b"".join(pieces[start:stop]), _ends(pieces[start:stop])
+    text = b"".join(pieces[start:stop]).decode("utf-8", "surrogateescape")  # half characters stay as many bytes
+    ends, bytes_before = _ends(pieces[start:stop]), [0]
+    for character in text:
+        bytes_before.append(bytes_before[-1] + len(character.encode("utf-8", "surrogateescape")))
     found = []
-    for match in _WORD.finditer(text):
-        first = next(i for i, end in enumerate(ends) if end > match.start())
-        last = next(i for i, end in enumerate(ends) if end >= match.end())
-        found.append(Word(match[0].decode("utf-8", "replace"), start + first, start + last + 1))
+    for match in _WORD.finditer("".join("x" if unicodedata.category(c)[0] in "LMN" else c for c in text)):
+        begins, stops = bytes_before[match.start()], bytes_before[match.end()]
+        first = next(i for i, end in enumerate(ends) if end > begins)
+        last = next(i for i, end in enumerate(ends) if end >= stops)
+        found.append(Word(text[match.start() : match.end()], start + first, start + last + 1))
     return tuple(found)
 
 

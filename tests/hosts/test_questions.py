@@ -165,6 +165,23 @@ def test_words_know_their_tokens() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Is “the” dog—or the cat—here?", ["Is", "the", "dog", "or", "the", "cat", "here"]),
+        ("«Où» est l’été… là–bas", ["Où", "est", "l’été", "là", "bas"]),
+        ("क्या यह हिन्दी है？", ["क्या", "यह", "हिन्दी", "है"]),
+        ("几只狗？ 3°", ["几只狗", "3"]),
+    ],
+)
+def test_quotes_and_dashes_of_any_script_part_words(text: str, words: list[str]) -> None:
+    """Tokens of single bytes: most are halves of a character."""
+    pieces = [bytes([byte]) for byte in b"x " + text.encode() + b"\xe2\x80"]
+    found = words_of(pieces, 2, len(pieces))
+    assert [word.text for word in found] == words
+    assert [b"".join(pieces[word.start : word.stop]).decode() for word in found] == words
+
+
 # ---- batches ---------------------------------------------------------------------------------------------------------
 def _batch() -> tuple[Any, Tensor, list[str]]:
     """Left-padded prompts of world-llava: of its template, typed, and without a picture."""
