@@ -188,16 +188,6 @@ def covering_size(crop: tuple[int, int], size: tuple[int, int]) -> tuple[int, in
     return round(crop[0] * scale), round(crop[1] * scale)
 
 
-def overlay(picture: Image.Image, heat: Heat, strength: float = 0.6) -> Image.Image:
-    """The picture with its heat on top: grey where there is little, from red to yellow where there is much."""
-    low, high = float(heat.min()), float(heat.max())
-    level = (heat - low) / (high - low) if high > low else np.zeros_like(heat)
-    colour = np.stack([np.ones_like(level), level, 0.2 * level], axis=-1) * 255
-    share = (strength * level)[..., None]
-    grey = np.asarray(picture.convert("L").convert("RGB"), dtype=np.float64)
-    return Image.fromarray(((1 - share) * grey + share * colour).round().clip(0, 255).astype(np.uint8))
-
-
 # ---- the box of ViCrop -----------------------------------------------------------------------------------------------
 def crop_box(importance: Tensor, size: tuple[int, int], side: float, ratios: Sequence[float] = RATIOS) -> Box:
     """The square around the window of a map that stands out most from the windows beside it.

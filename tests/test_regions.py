@@ -187,15 +187,6 @@ def test_the_box_of_a_mask_is_tight() -> None:
     assert bounding_box(mask) == (3, 2, 6, 7)
 
 
-def test_an_overlay_is_warm_where_there_is_heat() -> None:
-    heat = np.zeros((4, 6))
-    heat[:, 3:] = 1
-    found = np.asarray(regions.overlay(Image.new("RGB", (6, 4), (100, 100, 100)), heat))
-    assert (found[:, :3] == 100).all()
-    assert (found[:, 3:, 0] > found[:, 3:, 2]).all()
-    assert np.asarray(regions.overlay(Image.new("RGB", (6, 4)), np.ones((4, 6)))).max() == 0
-
-
 # ---- the box of ViCrop -----------------------------------------------------------------------------------------------
 def naive_box(x: np.ndarray, size: tuple[int, int], side: float) -> tuple[int, int, int, int]:
     rows, columns = x.shape
