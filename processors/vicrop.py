@@ -44,7 +44,7 @@ from attnsteer.around import (
 from attnsteer.attach import sites
 from attnsteer.errors import SteeringError
 from attnsteer.looking import GeneralLooks, Magnified, look_with_general
-from attnsteer.processor import Processor, check_choice, check_number
+from attnsteer.processor import Processor, check_choice, check_integer
 from attnsteer.regions import RATIOS, contrast_over_steps, crop_box, edges, tiles, to_pixels
 from attnsteer.where import Where
 
@@ -92,10 +92,10 @@ class ViCrop(Processor):
     def __post_init__(self) -> None:
         check_choice(self, "map", ("rel-att", "grad-att", "pure-grad"))
         check_choice(self, "final_images", ("both", "refined"))
-        check_number(self, "max_new_tokens", 1)
-        check_number(self, "median", 1)
+        check_integer(self, "max_new_tokens", 1)
+        check_integer(self, "median", 1)
         if self.side is not None:
-            check_number(self, "side", 1)
+            check_integer(self, "side", 1)
         if self.where.layers != "all" or self.where.steps != "all":
             raise SteeringError("ViCrop reads one layer of the first pass: give layer=, and in where= heads alone.")
         if self.median % 2 == 0:

@@ -170,7 +170,7 @@ def test_wrong_parameters_say_what_is_allowed() -> None:
     for bad in ({"map": "attention"}, {"final_images": "crop"}):
         with pytest.raises(SteeringError, match="allowed are"):
             ViCrop(**bad)
-    for bad in ({"max_new_tokens": 0}, {"median": 0}, {"side": 0}):
+    for bad in ({"max_new_tokens": 0}, {"median": 0}, {"median": 3.5}, {"side": 0}, {"side": 10.5}):
         with pytest.raises(SteeringError, match="allowed is"):
             ViCrop(**bad)
     with pytest.raises(SteeringError, match="odd"):
