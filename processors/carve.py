@@ -26,11 +26,11 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 
-from attnsteer.around import batch, covered_area, greedy, words
+from attnsteer.around import Encodings, batch, covered_area, greedy, words
 from attnsteer.attach import sites
 from attnsteer.errors import SteeringError
 from attnsteer.looking import GeneralLooks, Look, Magnified, look_with_general
-from attnsteer.processor import Processor, check_choice, check_number
+from attnsteer.processor import Processor, check_choice, check_integer, check_number
 from attnsteer.regions import (
     bounding_box,
     brightest,
@@ -85,8 +85,8 @@ class CARVE(Processor):
     def __post_init__(self) -> None:
         check_number(self, "lam", 0)
         check_number(self, "keep", 1e-6, 1)
-        check_number(self, "regions", 1)
-        check_number(self, "max_new_tokens", 1)
+        check_integer(self, "regions", 1)
+        check_integer(self, "max_new_tokens", 1)
         check_choice(self, "steps", ("all", "first", "end"))
         check_choice(self, "final_images", ("both", "refined"))
         if self.where is not None and self.where.steps != "all":
@@ -132,15 +132,16 @@ class CARVE(Processor):
         where = self.where_for(sites(model))
         pictures, asked = [p.convert("RGB") for p in pictures], [question + self.suffix for question in questions]
         limit = 1 if self.steps == "first" else self.max_new_tokens
+        general, encodings = self.general + self.suffix, Encodings()
         looks = look_with_general(
-            model, hf_processor, pictures, asked, self.general + self.suffix, where, limit, template, memory
+            model, hf_processor, pictures, asked, general, where, limit, template, memory, encodings
         )
         found = [
-            self.refine(picture, own, general, covered_area(hf_processor, picture.size))
-            for picture, own, general in zip(pictures, *looks, strict=True)
+            self.refine(picture, own, other, covered_area(hf_processor, picture.size))
+            for picture, own, other in zip(pictures, *looks, strict=True)
         ]
         final = [(p, f[0]) if self.final_images == "both" else (f[0],) for p, f in zip(pictures, found, strict=True)]
-        said = greedy(model, batch(model, hf_processor, final, asked, template), self.max_new_tokens)
+        said = greedy(model, batch(model, hf_processor, final, asked, template, encodings), self.max_new_tokens)
         return [Magnified(words(hf_processor, tokens), *f) for tokens, f in zip(said, found, strict=True)]
 
     def refine(
