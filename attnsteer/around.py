@@ -4,10 +4,11 @@ place of each image token in the picture, and gradients of the answer's first to
 from __future__ import annotations
 
 from .hosts.answer_gradient import last_row_gradients, pixel_gradients
-from .hosts.asking import batch, greedy, row, words
+from .hosts.asking import Encodings, batch, greedy, row, words
 from .hosts.vlm_grids import covered_area, image_grids, patch_side, picture_side
 
 __all__ = [
+    "Encodings",
     "batch",
     "covered_area",
     "greedy",

@@ -20,7 +20,7 @@ from torch import Tensor
 from .attach import steer
 from .capture import Capture
 from .errors import SteeringError
-from .hosts.asking import Batch, batch, greedy
+from .hosts.asking import Batch, Encodings, batch, greedy
 from .hosts.vlm_grids import image_grids
 from .where import Where
 
@@ -128,18 +128,20 @@ def look_with_general(
     max_new_tokens: int,
     template: str | None = None,
     memory: GeneralLooks | None = None,
+    encodings: Encodings | None = None,
 ) -> tuple[list[Look], list[Look]]:
     """For each question about a picture what it and a general prompt look at, as rows of one batch.
 
-    Pictures of the same content are encoded once and need one general row; ``memory`` keeps those for other calls.
+    Pictures of the same content are encoded once and need one general row; ``memory`` keeps those for other calls, and
+    ``encodings`` what the vision tower made of the pictures.
     """
     kept = {} if memory is None else memory.of(model)
     setting = (general, where, max_new_tokens, template)
     keys = [(*_content(picture), *map(repr, setting)) for picture in pictures]
-    first = dict(zip(keys, pictures, strict=True))  # one object of each content, so that it is encoded once
+    first = dict(zip(keys, pictures, strict=True))
     missing = [key for key in dict.fromkeys(keys) if key not in kept]
     seen = [(first[key],) for key in (*keys, *missing)]
-    asked = batch(model, hf_processor, seen, [*questions, *[general] * len(missing)], template)
+    asked = batch(model, hf_processor, seen, [*questions, *[general] * len(missing)], template, encodings)
     found = look(model, hf_processor, asked, where, max_new_tokens)
     kept.update(zip(missing, found[len(keys) :], strict=True))
     return found[: len(keys)], [kept[key] for key in keys]

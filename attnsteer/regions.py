@@ -73,6 +73,19 @@ def to_pixels(grid: Tensor, size: tuple[int, int], area: Sequence[float] | None 
     return down @ grid.detach().cpu().double().numpy() @ across.T
 
 
+def covered(size: tuple[int, int], area: Sequence[float]) -> Mask:
+    """Bool ``(height, width)``: the pixels of a picture of ``size`` whose centres lie in ``area``, as in
+    ``to_pixels``."""
+    left, top, right, bottom = area
+    return _inside(size[1], top, bottom)[:, None] & _inside(size[0], left, right)
+
+
+def _inside(pixels: int, start: float, stop: float) -> Mask:
+    """Which pixels along one axis have their centres between two places."""
+    centres = np.arange(pixels) + 0.5
+    return (centres > start) & (centres < stop)
+
+
 def _weights(pixels: int, cells: int, start: float, stop: float) -> Heat:
     """What each pixel takes of each cell along one axis, ``(pixels, cells)``."""
     centres = np.arange(pixels) + 0.5
@@ -83,17 +96,23 @@ def _weights(pixels: int, cells: int, start: float, stop: float) -> Heat:
     weights[np.arange(pixels), below] = 1 - share
     if cells > 1:
         weights[np.arange(pixels), below + 1] = share
-    return weights * ((centres > start) & (centres < stop))[:, None]
+    return weights * _inside(pixels, start, stop)[:, None]
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------
-def brightest(heat: Heat, keep: float) -> Mask:
+def brightest(heat: Heat, keep: float, seen: Mask | None = None) -> Mask:
     """Pixels at or above the percentile ``100 (1 - keep)``, linearly interpolated.
 
     A tolerance of ``1e-6 max`` below it (ours): rounding would drop single pixels of a constant map.
+
+    Args:
+        heat: ``(H, W)``.
+        keep: share of the pixels, in (0, 1].
+        seen: bool ``(H, W)``, the pixels that there is a map of: the others neither count nor stay. None: all.
     """
-    threshold = np.percentile(heat, 100 * (1 - keep))
-    return heat >= threshold - 1e-6 * np.abs(heat).max()
+    seen = np.ones(heat.shape, dtype=bool) if seen is None else seen
+    threshold = np.percentile(heat[seen], 100 * (1 - keep))
+    return seen & (heat >= threshold - 1e-6 * np.abs(heat).max())
 
 
 def components(mask: Mask) -> tuple[NDArray[np.int64], int]:
@@ -167,16 +186,6 @@ def covering_size(crop: tuple[int, int], size: tuple[int, int]) -> tuple[int, in
     """A crop's width and height, enlarged with the same aspect ratio until it covers ``size``."""
     scale = max(size[0] / crop[0], size[1] / crop[1])
     return round(crop[0] * scale), round(crop[1] * scale)
-
-
-def overlay(picture: Image.Image, heat: Heat, strength: float = 0.6) -> Image.Image:
-    """The picture with its heat on top: grey where there is little, from red to yellow where there is much."""
-    low, high = float(heat.min()), float(heat.max())
-    level = (heat - low) / (high - low) if high > low else np.zeros_like(heat)
-    colour = np.stack([np.ones_like(level), level, 0.2 * level], axis=-1) * 255
-    share = (strength * level)[..., None]
-    grey = np.asarray(picture.convert("L").convert("RGB"), dtype=np.float64)
-    return Image.fromarray(((1 - share) * grey + share * colour).round().clip(0, 255).astype(np.uint8))
 
 
 # ---- the box of ViCrop -----------------------------------------------------------------------------------------------

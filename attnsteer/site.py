@@ -115,7 +115,9 @@ class AttentionCall:
     where edits that read rows mean the rows of that one (``attnsteer.lending``) and not those of this call.
     ``predicts`` is how many of the last queries predict a new token: 1 for a prompt (its last row), 0 for a chunk that
     does not end it, all of them in decode, where a step may check several guessed tokens at once (and where a user's
-    own loop feeds more text to a cache, which cannot be told from that). ``residual`` holds
+    own loop feeds more text to a cache, which cannot be told from that). Guessed tokens change no answer, but for
+    prompts that are read in both directions (PaliGemma): there transformers' first pass, steered or not, shows the
+    guesses to the rows before them. ``residual`` holds
     the hidden states ``(B, Nq, width)`` that enter the layer, for methods with ``needs = ("residual",)``.
     """
 

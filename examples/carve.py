@@ -17,8 +17,8 @@ from PIL import Image
 
 from attnsteer.cli.generate import answer
 from attnsteer.cli.models import load
+from attnsteer.heat.pictures import overlay
 from attnsteer.processors import CARVE, ViCrop
-from attnsteer.regions import overlay
 from attnsteer.world import sampling
 
 
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
         for name, method in methods.items():
             found = method.answer(model, processor, picture, question)
             print(f"  {name:7} {found.answer}")
-            rows.setdefault(f"{name} looks", []).append(overlay(picture, found.heat))
+            rows.setdefault(f"{name} looks", []).append(overlay(found.heat, picture, picture.size))
             rows.setdefault(f"{name} shows", []).append(found.refined)
     show(given, rows, [f"question {number + 1}" for number in range(len(pictures))])
 

@@ -26,12 +26,20 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 
-from attnsteer.around import batch, covered_area, greedy, words
+from attnsteer.around import Encodings, batch, covered_area, greedy, words
 from attnsteer.attach import sites
 from attnsteer.errors import SteeringError
 from attnsteer.looking import GeneralLooks, Look, Magnified, look_with_general
-from attnsteer.processor import Processor, check_choice, check_number
-from attnsteer.regions import bounding_box, brightest, contrast_over_steps, magnified, strongest_regions, to_pixels
+from attnsteer.processor import Processor, check_choice, check_integer, check_number
+from attnsteer.regions import (
+    bounding_box,
+    brightest,
+    contrast_over_steps,
+    covered,
+    magnified,
+    strongest_regions,
+    to_pixels,
+)
 from attnsteer.site import Site
 from attnsteer.where import Where
 
@@ -51,7 +59,8 @@ class CARVE(Processor):
         lam: lambda >= 0. Code: 1e-8; the paper gives no value.
         steps: ``"all"`` passes of both generations, paired and weighted 1, 2, 3, ... (code); ``"first"``, which is
             before the first word; ``"end"``, the last of each (the paper's best).
-        keep: share of the pixels above the threshold, in (0, 1]. Code: 0.2; the paper's best is 0.2 to 0.6.
+        keep: share of the pixels above the threshold, of those that the model sees, in (0, 1]. Code: 0.2; the paper's
+            best is 0.2 to 0.6.
         regions: at least so many connected regions are kept (of n the best ``max(regions, int(n keep))``). Code: 3.
         final_images: ``"both"`` pictures in the final call, or ``"refined"`` alone for models of one picture.
         max_new_tokens: of every generation. Code: 32.
@@ -76,8 +85,8 @@ class CARVE(Processor):
     def __post_init__(self) -> None:
         check_number(self, "lam", 0)
         check_number(self, "keep", 1e-6, 1)
-        check_number(self, "regions", 1)
-        check_number(self, "max_new_tokens", 1)
+        check_integer(self, "regions", 1)
+        check_integer(self, "max_new_tokens", 1)
         check_choice(self, "steps", ("all", "first", "end"))
         check_choice(self, "final_images", ("both", "refined"))
         if self.where is not None and self.where.steps != "all":
@@ -126,24 +135,31 @@ class CARVE(Processor):
         where = self.where_for(sites(model))
         pictures, asked = [p.convert("RGB") for p in pictures], [question + self.suffix for question in questions]
         passes = 1 if self.steps == "first" else self.max_new_tokens
+        general, encodings = self.general + self.suffix, Encodings()
         looks = look_with_general(
-            model, hf_processor, pictures, asked, self.general + self.suffix, where, passes, template, memory
+            model, hf_processor, pictures, asked, general, where, passes, template, memory, encodings
         )
         found = [
-            self.refine(picture, own, general, covered_area(hf_processor, picture.size))
-            for picture, own, general in zip(pictures, *looks, strict=True)
+            self.refine(picture, own, other, covered_area(hf_processor, picture.size))
+            for picture, own, other in zip(pictures, *looks, strict=True)
         ]
         final = [(p, f[0]) if self.final_images == "both" else (f[0],) for p, f in zip(pictures, found, strict=True)]
-        said = greedy(model, batch(model, hf_processor, final, asked, template), limit or self.max_new_tokens)
+        said = greedy(
+            model, batch(model, hf_processor, final, asked, template, encodings), limit or self.max_new_tokens
+        )
         return [Magnified(words(hf_processor, tokens), tokens, *f) for tokens, f in zip(said, found, strict=True)]
 
     def refine(
         self, picture: Image.Image, question: Look, general: Look, area: Sequence[float] | None = None
     ) -> tuple[Any, ...]:
-        """The refined picture, its box, the heat map S, the mask M and the map on the grid, from what was looked at."""
+        """The refined picture, its box, the heat map S, the mask M and the map on the grid, from what was looked at.
+
+        Where the model sees an ``area`` of the picture alone, the mask is chosen inside it (ours).
+        """
         attention = contrast_over_steps(question.maps, general.maps, self.lam, self.steps)  # type: ignore[arg-type]
         heat = to_pixels(attention, picture.size, area)
-        mask = strongest_regions(heat, brightest(heat, self.keep), self.regions, self.keep)
+        seen = None if area is None else covered(picture.size, area)
+        mask = strongest_regions(heat, brightest(heat, self.keep, seen), self.regions, self.keep)
         return magnified(picture, mask), bounding_box(mask), heat, mask, attention
 
 

@@ -17,6 +17,7 @@ content words counts whole.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -108,6 +109,7 @@ class GazeShift(Processor):
         image = spans.image.to(shift.device)
         mean = mean_over_heads(shift, asked.sum(-1).to(shift.device), head_count(call.q.shape[1], self.heads))
         call.state["shift"] = shift.sum((1, 2))
+        warn_of_blind_rows(image.any(-1) & (call.state["shift"] == 0))
         maps = [each.to(mean.device) for each in call.shared.get("maps", ())] + [mean]
         call.shared.update(
             maps=maps, image=image.any(-1), saliency=normalised(sum(maps) / len(maps), image, self.clamp)
@@ -203,6 +205,17 @@ def spans_of(call: AttentionCall) -> Any:
     if spans is None or spans.question is None or not isinstance(spans.image, Tensor):
         raise SteeringError(f"{call.site.name!r} does not know which tokens are image and question.")
     return spans
+
+
+def warn_of_blind_rows(blind: Tensor) -> None:
+    """Say which rows ``(B,)`` have an image that no token of their question looks at."""
+    if rows := blind.nonzero().flatten().tolist():
+        warnings.warn(
+            f"The map of the image is empty in the rows {rows} of the batch, which stay as they are: their prompt has "
+            "no question, or the question stands before the image and cannot see it. Put the image first; marker= and "
+            "processor= help to find a question.",
+            stacklevel=2,
+        )
 
 
 def check_selector(owner: Any) -> None:

@@ -15,8 +15,10 @@ Fused form, exact: the log-bias ``log f`` and ``log(beta r)`` on the keys of one
 sets and r need that row's plain probabilities. Cost: one prefill a generation (``attnsteer.prefill`` shares it among
 many strengths), and two attention rows a layer and step.
 Limits: e^5 = 148, so the most salient token rules its row; look at the length of captions beside their scores. The
-question is what stands behind the last image in the last turn. A row without image or without question is left alone,
-and a flat map gives f = 1. Where a method of the ``image_free`` lane is attached too, that lane is plain.
+question is the text of the last turn, images left out; of a prompt typed by hand without a chat template, what stands
+behind the last image. A flat map gives f = 1: a row without image or question, and one whose question stands before
+its image where rows see only what is behind them; the last two warn. Where a method of the ``image_free`` lane is
+attached too, that lane is plain.
 """
 
 from __future__ import annotations

@@ -16,10 +16,10 @@ is mostly repetition; up to 0.5 there is neither harm nor gain. The default here
 
 Fused form: as PAI; in the tower the class token's row is computed beside the user's kernel.
 Cost: two rows ``(B, H, 1, patches)`` in the tower, then one row of logits for each layer and step.
-Limits: a tower with a class token and one image token per patch (LLaVA-1.5), one picture per prompt. The paper's
-spatial stream sorts row sums of a softmax, which are all 1, and is left out; so is the "head-specific modulation" of
-the first abstract, for which no formula was published. The contrast with an image-free prompt is ``ImageContrast``:
-attach both.
+Limits: a tower with a class token and one image token per patch (LLaVA-1.5). Of several pictures in a prompt each has
+its own LOC and SUM (ours). The paper's spatial stream sorts row sums of a softmax, which are all 1, and is left out; so
+is the "head-specific modulation" of the first abstract, for which no formula was published. The contrast with an
+image-free prompt is ``ImageContrast``: attach both.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class PAINT(Processor):
     local_ratio: float = 0.25
 
     kinds: ClassVar = ("causal",)
+    last_row_only: ClassVar = True
     samples: ClassVar = (LogitEdit(torch.ones(1, 1, 1), "absolute"),)
 
     def __post_init__(self) -> None:
@@ -94,7 +95,8 @@ class PAINT(Processor):
         if "gain" not in call.state:
             first, last = call.state["cls_attention"]
             local, summary = token_sets(first, last, self.local_ratio)
-            call.state["gain"] = self.alpha * local.float() + self.beta * summary.float()  # (B, patches)
+            gain = self.alpha * local.float() + self.beta * summary.float()
+            call.state["gain"] = gain.flatten(1)  # (B, pictures * patches), in the order of a prompt's image tokens
         lanes = max(1, len(call.lanes))
         rows = call.q.shape[0] // lanes  # beams repeat the picture of their prompt
         gain = expand_rows(call.state["gain"], rows).expand(rows, -1).to(call.q.device)
@@ -105,10 +107,10 @@ class PAINT(Processor):
 
 
 def token_sets(local: Tensor, summary: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
-    """``LOC`` and ``SUM`` as bool ``(B, n)``, disjoint, from the two scores ``(B, n)``."""
+    """``LOC`` and ``SUM`` as bool ``(..., n)``, disjoint, from the two scores ``(..., n)``."""
     outliers = summary_tokens(summary)
-    best = local.topk(int(ratio * local.shape[1]), dim=1).indices
-    chosen = torch.zeros_like(outliers).scatter(1, best, True)
+    best = local.topk(int(ratio * local.shape[-1]), dim=-1).indices
+    chosen = torch.zeros_like(outliers).scatter(-1, best, True)
     return chosen & ~outliers, outliers
 
 

@@ -55,7 +55,8 @@ class VAR(Processor):
         where: layers (decoder layers from 0) and heads, and ``steps`` (``"prefill"``, ``"decode"``, ``"all"``). None
             takes layers 2 to L - 2.
         fraction: share t of the sinks' attention that moves, 0 to 1. Paper: 0.6; release: 0.4. At 0 the method is off.
-        tau: threshold of phi, from 0 up, or ``math.inf``. Paper: 20. Above 0.6 sqrt(width) there is a warning.
+        tau: threshold of phi, from 0 up. Paper: 20. Above 0.6 sqrt(width) there is a warning; at ``math.inf`` the
+            method is off.
         rho: least share of image attention that is not on sinks, from 0 up; above 1 nothing is selected. Paper: 0.8
             (general), 0.5 (hallucination), 0.9 (vision-centric).
         floor: least attention on the image, 0 to 1. Paper: 0.2.
@@ -86,7 +87,7 @@ class VAR(Processor):
 
     @property
     def inert(self) -> bool:
-        return self.fraction == 0
+        return self.fraction == 0 or math.isinf(self.tau)
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -98,7 +99,7 @@ class VAR(Processor):
 
     def _check_width(self, sites: Sequence[Site]) -> None:
         width = max((site.width for site in sites), default=0)
-        if width and self.tau > 0.6 * width**0.5:
+        if width and not self.inert and self.tau > 0.6 * width**0.5:
             warnings.warn(
                 f"VAR(tau={self.tau:g}): a token reaches at most sqrt({width}) = {width**0.5:.3g}, so hardly one can "
                 f"count as a sink: choose tau below {0.6 * width**0.5:.3g}.",

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from attnsteer.attach import steer
-from attnsteer.processor import Processor, check_choice, check_number
+from attnsteer.processor import Processor, check_choice, check_integer
 from attnsteer.site import AttentionCall, Site
 from attnsteer.where import Where
 
@@ -44,7 +44,7 @@ class VHD(Processor):
     token_agnostic: ClassVar = True
 
     def __post_init__(self) -> None:
-        check_number(self, "positions", 1)
+        check_integer(self, "positions", 1)
         check_choice(self, "removal", ("delete", "mask"))
 
     def react(self, call: AttentionCall) -> None:

@@ -44,7 +44,7 @@ from attnsteer.around import (
 from attnsteer.attach import sites
 from attnsteer.errors import SteeringError
 from attnsteer.looking import GeneralLooks, Magnified, look_with_general
-from attnsteer.processor import Processor, check_choice, check_number
+from attnsteer.processor import Processor, check_choice, check_integer
 from attnsteer.regions import RATIOS, contrast_over_steps, crop_box, edges, tiles, to_pixels
 from attnsteer.site import Site
 from attnsteer.where import Where
@@ -67,7 +67,8 @@ class ViCrop(Processor):
             336), 224 for Qwen-VL.
         ratios: sizes of the crop, as multiples of ``side``.
         high_resolution: large pictures get their map in tiles of at most about 1024 pixels (rows of tiles:
-            ``ceil(H / 1024)``, so many in a row that they are nearly square), each with passes of its own.
+            ``ceil(H / 1024)``, so many in a row that they are nearly square), each with passes of its own. What a
+            processor crops from a tile counts 0 (ours).
         final_images: ``"both"`` pictures in the final call, or ``"refined"`` alone for models of one picture (ours).
         median: of pure-grad's edges, an odd number of pixels.
         max_new_tokens: of the answer. Code: 20.
@@ -92,10 +93,10 @@ class ViCrop(Processor):
     def __post_init__(self) -> None:
         check_choice(self, "map", ("rel-att", "grad-att", "pure-grad"))
         check_choice(self, "final_images", ("both", "refined"))
-        check_number(self, "max_new_tokens", 1)
-        check_number(self, "median", 1)
+        check_integer(self, "max_new_tokens", 1)
+        check_integer(self, "median", 1)
         if self.side is not None:
-            check_number(self, "side", 1)
+            check_integer(self, "side", 1)
         if self.where.layers != "all" or self.where.steps != "all":
             raise SteeringError("ViCrop reads one layer of the first pass: give layer=, and in where= heads alone.")
         if self.median % 2 == 0:
@@ -131,8 +132,11 @@ class ViCrop(Processor):
         maps = [
             [self.importance(model, hf_processor, part, asked, template, memory) for part in line] for line in parts
         ]
-        attention = _beside(maps)
-        area = covered_area(hf_processor, picture.size) if len(parts) == len(parts[0]) == 1 else (0, 0, *picture.size)
+        if len(parts) == len(parts[0]) == 1:
+            attention, area = maps[0][0], covered_area(hf_processor, picture.size)
+        else:
+            seen = [[covered_area(hf_processor, part.size) for part in line] for line in parts]
+            attention, area = _beside(parts, maps, seen), (0, 0, *picture.size)
         box = self.box(model, attention, picture.size, area)
         crop = picture.crop(box)
         final = (picture, crop) if self.final_images == "both" else (crop,)
@@ -208,8 +212,23 @@ class ViCrop(Processor):
         return Where(layers=[layer], heads=self.where.heads)
 
 
-def _beside(maps: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Maps of tiles as one; tiles of a row whose maps differ in height or width are brought to those of the first."""
-    rows, columns = maps[0][0].shape
-    same = [[F.interpolate(m[None, None], (rows, columns), mode="nearest-exact")[0, 0] for m in line] for line in maps]
+def _beside(
+    parts: Sequence[Sequence[Image.Image]], maps: Sequence[Sequence[Tensor]], areas: Sequence[Sequence[Sequence[float]]]
+) -> Tensor:
+    """Maps of tiles as one; tiles whose maps differ in height or width are brought to those of the first."""
+    whole = [
+        [_over(m, tile.size, area) for tile, m, area in zip(*line, strict=True)]
+        for line in zip(parts, maps, areas, strict=True)
+    ]
+    rows, columns = whole[0][0].shape
+    same = [[F.interpolate(m[None, None], (rows, columns), mode="nearest-exact")[0, 0] for m in line] for line in whole]
     return torch.cat([torch.cat(line, dim=1) for line in same])
+
+
+def _over(grid: Tensor, size: tuple[int, int], area: Sequence[float]) -> Tensor:
+    """A map of an ``area`` of a tile as one of the whole tile, in cells of about the same size; 0 outside the area."""
+    left, top, right, bottom = area
+    across = max(1, round(size[0] * grid.shape[1] / (right - left)))
+    down = max(1, round(size[1] * grid.shape[0] / (bottom - top)))
+    x, y = across / size[0], down / size[1]  # cells per pixel
+    return torch.from_numpy(to_pixels(grid, (across, down), (left * x, top * y, right * x, bottom * y)))

@@ -66,6 +66,18 @@ def test_rows_are_those_of_eager_attention_with_and_without_a_cache(name: str) -
     assert (found.maps.sum((-2, -1)) <= 1 + 1e-6).all()
 
 
+@pytest.mark.parametrize("setting", [{"prefill_chunk_size": 7}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 2}])
+def test_the_models_generation_config_does_not_change_which_pass_is_which(setting: dict[str, int]) -> None:
+    model, chat = tiny("qwen25")
+    rows = batch(model, chat, [(picture(),)], ["what is this thing here is this thing"])
+    (plain,) = look(model, chat, rows, WHERE, 4)
+    for name, value in setting.items():
+        setattr(model.generation_config, name, value)
+    (found,) = look(model, chat, rows, WHERE, 4)
+    assert found.tokens == plain.tokens
+    torch.testing.assert_close(found.maps, plain.maps, atol=1e-6, rtol=0)
+
+
 def test_rows_of_a_model_without_grouped_queries() -> None:
     model, processor = world()
     scene = sampling.sample(3).image()

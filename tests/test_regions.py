@@ -15,6 +15,7 @@ from attnsteer.regions import (
     components,
     contrast,
     contrast_over_steps,
+    covered,
     covering_size,
     crop_box,
     edges,
@@ -85,6 +86,25 @@ def test_the_percentile_by_hand() -> None:
     mask = brightest(heat, 0.25)
     assert mask.tolist() == [[False] * 4] * 3 + [[True] * 4]
     assert components(mask)[1] == 1
+
+
+def test_pixels_that_were_not_seen_neither_count_nor_stay() -> None:
+    """More of the picture is unseen than is dropped: over all pixels the percentile would be 0, and all stay."""
+    heat = np.zeros((4, 12))
+    heat[:, 4:8] = np.arange(1.0, 17.0).reshape(4, 4)
+    seen = covered((12, 4), (4, 0, 8, 4))
+    assert seen.sum() == 16
+    assert seen[:, 4:8].all()
+    mask = brightest(heat, 0.5, seen)
+    assert mask[:, 4:8].tolist() == brightest(heat[:, 4:8], 0.5).tolist()
+    assert mask.sum() == 8
+    assert not brightest(np.zeros((4, 12)), 0.5, seen)[:, :4].any()
+
+
+@pytest.mark.parametrize("area", [(3.4, 0.5, 9.6, 5.0), (-2.0, -1.0, 14.0, 8.0), (0, 1.5, 12, 4.5)])
+def test_covered_pixels_are_those_that_a_map_reaches(area: tuple[float, float, float, float]) -> None:
+    reached = to_pixels(torch.ones(3, 2), (12, 6), area) > 0
+    assert (covered((12, 6), area) == reached).all()
 
 
 def test_a_constant_map_keeps_every_pixel_whatever_the_rounding() -> None:
@@ -165,15 +185,6 @@ def test_the_box_of_a_mask_is_tight() -> None:
     mask = np.zeros((9, 9), bool)
     mask[2, 3] = mask[6, 5] = True
     assert bounding_box(mask) == (3, 2, 6, 7)
-
-
-def test_an_overlay_is_warm_where_there_is_heat() -> None:
-    heat = np.zeros((4, 6))
-    heat[:, 3:] = 1
-    found = np.asarray(regions.overlay(Image.new("RGB", (6, 4), (100, 100, 100)), heat))
-    assert (found[:, :3] == 100).all()
-    assert (found[:, 3:, 0] > found[:, 3:, 2]).all()
-    assert np.asarray(regions.overlay(Image.new("RGB", (6, 4)), np.ones((4, 6)))).max() == 0
 
 
 # ---- the box of ViCrop -----------------------------------------------------------------------------------------------

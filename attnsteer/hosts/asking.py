@@ -1,14 +1,15 @@
 """Questions about pictures as rows of one batch: prompts, one vision encoding per picture, greedy answers.
 
 Each prompt is written by the Hugging Face processor on its own; the rows are then padded on the left here, so that all
-end at the same position whatever side a tokenizer prefers. Vision towers run once for each set of pictures: the
-language model takes what they found (``mm_encoder_outputs``) instead of pixels.
+end at the same position whatever side a tokenizer prefers. Vision towers run once for each picture: the language model
+takes what they found (``mm_encoder_outputs``) instead of pixels.
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,12 @@ from torch.nn import functional as F
 from ..chat import question_inputs
 from ..errors import SteeringError
 from .decoders import core
-from .vlm_families import PER_TOKEN, padding_id, vision_tokens
+from .vlm_families import PACKED, PER_TOKEN, padding_id, vision_tokens
+from .vlm_inputs import TOKEN_BY_TOKEN
 
 Pictures = tuple[Image.Image, ...]
+Encodings = dict[Hashable, Any]
+"""What the vision tower made of pictures, by what it was shown of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +64,12 @@ def batch(
     pictures: Sequence[Pictures],
     questions: Sequence[str],
     template: str | None = None,
+    encodings: Encodings | None = None,
 ) -> Batch:
-    """One row for each question; rows with the same picture objects share their encoding.
+    """One row for each question; equal pictures share their encoding.
+
+    Args:
+        encodings: of earlier batches of this model; those of this one are added. None begins anew.
 
     Raises:
         SteeringError: a model that takes no pictures, or ``row``'s.
@@ -73,10 +81,12 @@ def batch(
     ):
         raise SteeringError(f"{type(inner).__name__} takes no picture as tokens of its prompt.")
     rows = [row(model, hf_processor, *one, template) for one in zip(pictures, questions, strict=True)]
-    return Batch(joined(inner, rows, pictures), rows, list(pictures))
+    return Batch(joined(inner, rows, pictures, {} if encodings is None else encodings), rows, list(pictures))
 
 
-def joined(inner: Any, rows: Sequence[Mapping[str, Any]], pictures: Sequence[Pictures]) -> dict[str, Any]:
+def joined(
+    inner: Any, rows: Sequence[Mapping[str, Any]], pictures: Sequence[Pictures], encodings: Encodings
+) -> dict[str, Any]:
     """Rows as one batch, padded on the left, with the encoding of their pictures in place of pixels."""
     longest = max(given["input_ids"].shape[1] for given in rows)
     pad = padding_id(inner.config, vision_tokens(inner.config))
@@ -90,24 +100,46 @@ def joined(inner: Any, rows: Sequence[Mapping[str, Any]], pictures: Sequence[Pic
         elif name.startswith("pixel_"):
             continue  # the encoder has seen them
         inputs[name] = torch.cat(values)
-    found: dict[tuple[int, ...], Any] = {}
-    for given, seen in zip(rows, pictures, strict=True):
-        key = tuple(map(id, seen))
-        if key not in found:
-            shown = {name: given[name] for name in encoding if name in given}
-            with torch.no_grad():
-                found[key] = inner.get_image_features(**shown, return_dict=True)
-    inputs["mm_encoder_outputs"] = {"image": _encodings([found[tuple(map(id, seen))] for seen in pictures])}
+    shown = [{name: given[name] for name in encoding if name in given} for given in rows]
+    parts = [part for one, seen in zip(shown, pictures, strict=True) for part in _by_picture(one, len(seen))]
+    inputs["mm_encoder_outputs"] = {"image": _encodings([_encoded(inner, part, encodings) for part in parts])}
     return inputs
 
 
+def _by_picture(shown: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """What the tower is shown of a row, picture by picture; in one where tiles do not tell whose they are."""
+    parts: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    for name, value in shown.items():
+        sizes = shown.get(PACKED.get(name, ""))
+        lengths = [1] * len(value) if sizes is None else sizes.prod(-1).tolist()
+        if len(lengths) != count:
+            return [dict(shown)]
+        for part, piece in zip(parts, value.split(lengths), strict=True):
+            part[name] = piece
+    return parts
+
+
+def _encoded(inner: Any, shown: Mapping[str, Tensor], encodings: Encodings) -> Any:
+    """What the tower makes of a picture, or what it made of an equal one."""
+    key = tuple((name, value.dtype, value.shape, _digest(value)) for name, value in shown.items())
+    if key not in encodings:
+        with torch.no_grad():
+            encodings[key] = inner.get_image_features(**shown, return_dict=True)
+    return encodings[key]
+
+
+def _digest(value: Tensor) -> str:
+    return hashlib.sha256(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
 def greedy(model: Any, batch: Batch, max_new_tokens: int) -> list[list[int]]:
-    """The tokens that the model says after each prompt, with the one that ends the answer where it comes."""
+    """The tokens that the model says after each prompt, with the one that ends the answer where it comes.
+
+    Every token has a pass of its own, the first that of the whole prompt: who looks on may count them.
+    """
     inputs = {**batch.inputs, "mm_encoder_outputs": dict(batch.inputs["mm_encoder_outputs"])}
     with torch.no_grad():
-        found = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, return_dict_in_generate=False
-        )
+        found = model.generate(**inputs, **TOKEN_BY_TOKEN, max_new_tokens=max_new_tokens, return_dict_in_generate=False)
     inner: Any = core(model)
     config = inner.generation_config
     ends = {*config.eos_token_id} if isinstance(config.eos_token_id, (list, tuple)) else {config.eos_token_id}
@@ -127,7 +159,7 @@ def _encoding_inputs(inner: Any) -> list[str]:
 
 
 def _encodings(found: Sequence[Any]) -> Any:
-    """The encodings of several prompts behind each other, in the class of the family.
+    """The encodings of several pictures behind each other, in the class of the family.
 
     Features are a tensor, or a list or tuple by picture; Qwen3-VL has such a list for each of some layers besides.
     """

@@ -113,7 +113,7 @@ class LanguageSession:
         self._recipe = False  # generate() is running code of a repository, which may call generate() itself
         self._inside = False
         self._facts: dict[int, dict[str, Any]] = {}  # what plans asked for, by their id
-        self._towers: list[ClassAttention] = []
+        self.towers: list[ClassAttention] = []
         self._left = 0  # tokens of the running generation's prompt that no forward pass has taken yet
 
     # ---- life --------------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ class LanguageSession:
                 self._facts[id(plan)] = {"massive_channels": found}
             if "cls_attention" in wanted:
                 tower = ClassAttention(self.model, self._tokens, wanted["cls_attention"], plan.states.values())
-                self._towers.append(tower)
+                self.towers.append(tower)
                 self._restore.append(tower.start())
                 self._contrasts.mute(tower.modules.values())
         for site in wanted_sites([[plan for plan in self._plans if "residual" in plan.processor.needs]]):
@@ -284,7 +284,7 @@ class LanguageSession:
             for state in (*plan.states.values(), plan.shared):
                 state.clear()
                 state.update(self._facts.get(id(plan), {}))
-        for tower in self._towers:
+        for tower in self.towers:
             tower.begin(given)
         self._set_phase("prefill")
         self._contrasts.begin(given)

@@ -96,13 +96,20 @@ class _ClassRow:
 class ClassAttention:
     """The attention of the class token, summed over heads, in chosen layers of the vision tower.
 
-    When the tower has run, the state of every site holds ``cls_attention``: for each layer ``(B, patches)`` float32.
+    When the tower has run, the state of every site holds ``cls_attention``: for each layer ``(B, pictures, patches)``
+    float32, with zeros behind the last picture of prompts that have fewer than others. Pictures belong to prompts in
+    the order of their image tokens.
+
+    Attributes:
+        layers: of the tower, as they were asked for.
+        known: what was read of the prompt to come before (``attnsteer.prefill``), or None where the tower will run.
     """
 
     def __init__(self, model: Any, tokens: VisionTokens, layers: tuple[int, ...], states: Iterable[dict[str, Any]]):
-        self._tokens, self._states = tokens, tuple(states)
+        self._tokens, self._states, self.layers = tokens, tuple(states), layers
+        self.known: tuple[Tensor, ...] | None = None
         self._found: dict[int, Tensor] = {}
-        self._patches: int | None = None
+        self._counts: list[int] = []  # image tokens of every prompt; empty without pictures
         tower = _tower(model)
         assert tower is not None  # refusals() was asked
         there = _tower_attentions(tower)
@@ -132,35 +139,53 @@ class ClassAttention:
         """A new prompt.
 
         Raises:
-            SteeringError: where patches cannot be matched to image tokens.
+            SteeringError: pictures without their pixels.
         """
-        self._found, self._patches = {}, None
+        self._found, self._counts = {}, []
         ids = given.get("input_ids")
         if not isinstance(ids, Tensor):
             return
         counts = self._tokens.image_mask(ids).sum(1).tolist()
         if not any(counts):
             return
-        pixels = [given[name].shape[0] for name in PIXELS if isinstance(given.get(name), Tensor)]
-        if len(set(counts)) > 1 or pixels != [len(counts)]:
+        if self.known is not None:
+            self._tell(self.known)
+            return
+        if not any(isinstance(given.get(name), Tensor) for name in PIXELS):
             raise SteeringError(
-                f"The vision tower's class token is read for one picture per prompt; there are {sum(pixels)} pictures "
-                f"for {len(counts)} prompts with {counts} image tokens."
+                "The vision tower's class token is read while the tower runs: give pixels, not what it made of them."
             )
-        self._patches = counts[0]
+        self._counts = counts
 
     def _keeper(self, layer: int) -> Callable[[Tensor], None]:
-        def keep(row: Tensor) -> None:
-            if self._patches is None:
+        def keep(rows: Tensor) -> None:
+            if not self._counts:
                 return
-            if row.shape[1] != self._patches:
-                raise SteeringError(
-                    f"The vision tower has {row.shape[1]} patches and the prompt {self._patches} image tokens: they "
-                    "cannot be matched one to one."
-                )
-            self._found[layer] = row
+            self._found[layer] = _by_prompt(rows, self._counts)
             if len(self._found) == len(self.modules):
-                for state in self._states:
-                    state["cls_attention"] = tuple(self._found[one] for one in self._order)
+                self._tell(tuple(self._found[one] for one in self._order))
 
         return keep
+
+    def _tell(self, found: tuple[Tensor, ...]) -> None:
+        for state in self._states:
+            state["cls_attention"] = found
+
+
+def _by_prompt(rows: Tensor, counts: Sequence[int]) -> Tensor:
+    """``(pictures, patches)`` of the tower, dealt to prompts of ``counts`` image tokens each: ``(B, K, patches)``.
+
+    Raises:
+        SteeringError: where an image token is not a patch.
+    """
+    total, patches = rows.shape
+    if any(count % patches for count in counts) or sum(counts) != total * patches:
+        raise SteeringError(
+            f"The vision tower has {patches} patches for each of {total} pictures and the prompts {list(counts)} image "
+            "tokens: they cannot be matched one to one."
+        )
+    pictures = torch.tensor([count // patches for count in counts], device=rows.device)
+    there = torch.arange(int(max(counts)) // patches, device=rows.device) < pictures[:, None]  # (B, K)
+    dealt = rows.new_zeros(*there.shape, patches)
+    dealt[there] = rows
+    return dealt

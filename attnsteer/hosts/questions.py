@@ -5,9 +5,11 @@
     header                   question               marker
 
 ``header`` and ``marker`` come from the chat template, rendered with a placeholder as the text of a user, so no family
-has constants here. The question is what stands behind the last header and behind the last image with its wrappers, up
-to the last marker; blank and special tokens at its ends are not part of it. Without a template (prompts typed by hand)
-the header is missing and the marker is a parameter.
+has constants here. The question is the text of the last turn, from the header of that turn up to the last marker,
+wherever the images stand in it; these with their wrappers, and blank and special tokens at its ends, are not part of
+it. A header begins a turn where it is the first one, or a marker stands between it and the one before; elsewhere it is
+a part of what the user wrote. Without a template (prompts typed by hand) the header is missing, the marker is a
+parameter, and the question is what stands behind the last image.
 
 Everything is compared by the bytes that tokens add to the text, never by token ids: " ASSISTANT:" has other ids inside
 a prompt than alone, and subword vocabularies put spaces where the template has none.
@@ -16,6 +18,7 @@ a prompt than alone, and subword vocabularies put spaces where the template has 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +31,8 @@ from ..spans import token_bytes
 from .vlm_families import VisionTokens
 
 _FIRST, _ANSWER, _SECOND = "attnsteer-first", "attnsteer-answer", "attnsteer-second"
-_WORD = re.compile(rb"[0-9A-Za-z\x80-\xff]+(?:['-][0-9A-Za-z\x80-\xff]+)*")
-"""A word in UTF-8; letters beyond ASCII are bytes from 0x80 on."""
+_WORD = re.compile("x+(?:['\u2019-]x+)*")
+"""A word where every letter, digit and accent is written as x; an apostrophe or hyphen may stand inside."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ def _render(owner: Any, turns: Sequence[tuple[str, str]], answer: bool) -> str |
 def find_question(
     pieces: Sequence[bytes], image: Sequence[bool], idle: Sequence[bool], marks: Marks
 ) -> tuple[int, int]:
-    """The tokens ``[start, stop)`` of the question of one prompt; empty (start = stop) where there is none.
+    """The tokens ``[start, stop)`` of the question of one prompt, with any image inside; empty (start = stop) where
+    there is none.
 
     Args:
         pieces: the bytes of every token; special tokens as they are written.
@@ -100,16 +104,18 @@ def find_question(
         marks: what stands around it.
     """
     text, ends, last = b"".join(pieces), _ends(pieces), len(pieces)
-    start = 1 + max((i for i, is_image in enumerate(image) if is_image), default=-1)
-    if headers := list(_loosely(marks.header).finditer(text)) if marks.header.strip() else []:
-        start = max(start, next((i for i, end in enumerate(ends) if end > headers[-1].end()), last))
+    begins = _turn_start(text, marks)
+    if begins is None:
+        start = 1 + max((i for i, is_image in enumerate(image) if is_image), default=-1)
+    else:
+        start = next((i for i, end in enumerate(ends) if end > begins), last)
     first_byte = ends[start - 1] if start else 0
     stop = last
     for marker in marks.markers:
         if places := [m.start() for m in _loosely(marker).finditer(text, first_byte)]:
             stop = next(i for i, end in enumerate(ends) if end > places[-1])
             break
-    blank = [off or not piece.strip() for off, piece in zip(idle, pieces, strict=True)]
+    blank = [off or shown or not piece.strip() for off, shown, piece in zip(idle, image, pieces, strict=True)]
     while start < stop and blank[start]:
         start += 1
     while start < stop and blank[stop - 1]:
@@ -117,14 +123,29 @@ def find_question(
     return (start, stop) if start < stop else (0, 0)
 
 
+def _turn_start(text: bytes, marks: Marks) -> int | None:
+    """Where the last header ends that begins a turn; None where there is none."""
+    if not marks.header.strip():
+        return None
+    markers, end = [_loosely(marker) for marker in marks.markers], None
+    for header in _loosely(marks.header).finditer(text):
+        if end is None or not markers or any(marker.search(text, end, header.end()) for marker in markers):
+            end = header.end()
+    return end
+
+
 def words_of(pieces: Sequence[bytes], start: int, stop: int) -> tuple[Word, ...]:
     """The words that the tokens ``[start, stop)`` spell. A token that two words share belongs to both."""
-    text, ends = b"".join(pieces[start:stop]), _ends(pieces[start:stop])
+    text = b"".join(pieces[start:stop]).decode("utf-8", "surrogateescape")  # half characters stay as many bytes
+    ends, bytes_before = _ends(pieces[start:stop]), [0]
+    for character in text:
+        bytes_before.append(bytes_before[-1] + len(character.encode("utf-8", "surrogateescape")))
     found = []
-    for match in _WORD.finditer(text):
-        first = next(i for i, end in enumerate(ends) if end > match.start())
-        last = next(i for i, end in enumerate(ends) if end >= match.end())
-        found.append(Word(match[0].decode("utf-8", "replace"), start + first, start + last + 1))
+    for match in _WORD.finditer("".join("x" if unicodedata.category(c)[0] in "LMN" else c for c in text)):
+        begins, stops = bytes_before[match.start()], bytes_before[match.end()]
+        first = next(i for i, end in enumerate(ends) if end > begins)
+        last = next(i for i, end in enumerate(ends) if end >= stops)
+        found.append(Word(text[match.start() : match.end()], start + first, start + last + 1))
     return tuple(found)
 
 
@@ -180,4 +201,5 @@ class QuestionFinder:
     ) -> tuple[tuple[int, int], tuple[Word, ...]]:
         idle = [not seen or i in self._special for i, seen in zip(ids, real, strict=True)]
         bounds = find_question(pieces, image, idle, self._marks)
-        return bounds, words_of(pieces, *bounds)
+        spelled = [b" " if shown else piece for shown, piece in zip(image, pieces, strict=True)]
+        return bounds, words_of(spelled, *bounds)

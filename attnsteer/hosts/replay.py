@@ -6,7 +6,7 @@ again, steered. Exact, also where the steered layers lie before the layers that 
 rows of that cache are repeated, and many strengths are rows of one generation.
 
 A prompt whose rows see the last one (PaliGemma reads its prompt in both directions) has no such prefill, and neither
-has a method that changes other rows: both are refused.
+has a method that changes other rows, or that contrasts with a prompt of its own: they are refused.
 """
 
 from __future__ import annotations
@@ -30,16 +30,15 @@ from .base import take_rows
 from .decoders import core
 from .survey import Known
 from .vlm_families import PER_TOKEN, SCRATCH
-from .vlm_inputs import undisturbed
+from .vlm_inputs import TOKEN_BY_TOKEN, undisturbed
 from .worlds import is_language_model
 
 if TYPE_CHECKING:
     from ..variants import Variant
 
 Variants: TypeAlias = "Sequence[Variant | Sequence[Processor] | Processor | None]"
-_ALONE: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
-_ALONE |= {"prefill_chunk_size": None, "cache_implementation": None}
-"""Options of ``generate`` for one whole prefill, whatever the model's generation config says."""
+_ALONE: dict[str, Any] = {**TOKEN_BY_TOKEN, "cache_implementation": None}
+"""Options of ``generate`` where the cache is handed to it."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,28 @@ class _LastKey(Processor):
                 f"Rows of this prompt see its last token ({call.site.name!r} reads it in both directions), so what is "
                 "done to the last row changes their keys: there is no prefill to share. Call generate instead."
             )
+
+
+@dataclass(frozen=True)
+class _ClassRows(Processor):
+    """Keeps what the class token of the vision tower looks at, which a generation without pixels cannot read."""
+
+    layers: tuple[int, ...] = ()
+
+    kinds: ClassVar[tuple[Kind, ...]] = ("causal",)
+    reads_only: ClassVar[bool] = True
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        return {"cls_attention": self.layers}
+
+    @property
+    def token_agnostic(self) -> bool:
+        return True
+
+    def react(self, call: AttentionCall) -> None:
+        if "cls_attention" in call.state:
+            call.shared["cls_attention"] = call.state["cls_attention"]
 
 
 class Prefill:
@@ -121,9 +142,13 @@ class Prefill:
             return
         self._learn(list(_each(given)))
         with attach(self._model, variants=given, processor=self._processor) as steering:
+            known = [(reader, take_rows(left, rows, self._batch)) for reader, left in self._known]
             surveyor = getattr(steering.session, "surveyor", None)
             if surveyor is not None:  # the prompt without its pixels cannot be read again
-                surveyor.known = [(reader, take_rows(left, rows, self._batch)) for reader, left in self._known]
+                surveyor.known = known
+            for tower in getattr(steering.session, "towers", ()):
+                left = next(left for reader, left in known if reader == _ClassRows(layers=tower.layers))
+                tower.known = left.get("cls_attention")
             yield
 
     def _learn(self, processors: Sequence[Processor]) -> None:
@@ -183,6 +208,8 @@ def _surveys(model: Any, processors: Sequence[Processor]) -> list[Processor]:
     there = sites(model)
     plans = [make_plan(processor, there) for processor in processors if not processor.inert]
     wanted = [plan.survey.processor for plan in plans if plan.survey is not None]
+    towers = [plan.processor.facts.get("cls_attention") for plan in plans]
+    wanted += [_ClassRows(layers=layers) for layers in towers if layers is not None]
     return [reader for n, reader in enumerate(wanted) if reader not in wanted[:n]]
 
 
@@ -204,6 +231,11 @@ def _refusals(processor: Processor) -> list[str]:
     if processor.last_row_only or processor.inert:
         return []
     name = type(processor).__name__
+    if processor.contrast() is not None:
+        return [
+            f"{name} predicts every token once more from a prompt of its own, whose cache a Prefill does not keep: "
+            "attach it and call generate."
+        ]
     return [
         f"{name} changes more than the last row of a prompt (it is not last_row_only), so it needs its own prefill: "
         "attach it and call generate."
@@ -212,8 +244,14 @@ def _refusals(processor: Processor) -> list[str]:
 
 def _sequences(model: Any, options: Mapping[str, Any]) -> int:
     """Into how many rows ``generate`` turns each row that it is given."""
-    config = options.get("generation_config") or model.generation_config
-    return max(options.get(name, getattr(config, name)) or 1 for name in ("num_beams", "num_return_sequences"))
+    given = options.get("generation_config")
+
+    def wanted(name: str) -> int:
+        if name in options:
+            return options[name] or 1
+        return getattr(given, name, None) or getattr(model.generation_config, name) or 1
+
+    return max(wanted("num_beams"), wanted("num_return_sequences"))
 
 
 # ---- what families keep ----------------------------------------------------------------------------------------------

@@ -12,6 +12,11 @@ from torch import Tensor
 
 from .vlm_families import ANSWER_TYPES, PER_TOKEN, SCRATCH
 
+TOKEN_BY_TOKEN: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+TOKEN_BY_TOKEN |= {"prefill_chunk_size": None, "prompt_lookup_num_tokens": None}
+"""Options of ``generate`` for one pass of the whole prompt, then one for each greedy token, whatever the model's
+generation config says."""
+
 
 def length(given: Mapping[str, Any]) -> int:
     """Number of tokens in a call."""

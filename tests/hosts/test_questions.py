@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -79,10 +80,12 @@ def test_templates_that_say_nothing_leave_the_given_marker(template: str | None)
     ("turns", "question"),
     [
         ([("user", ["<image>", "a red dog"])], "a red dog"),
-        ([("user", ["<image>", "the cat", "<image>", "and the car?"])], "and the car?"),
+        ([("user", ["<image>", "the cat", "<image>", "and the car?"])], "the catand the car?"),
         ([("user", ["<image>", "a dog"]), ("assistant", ["red"]), ("user", ["the blue car"])], "the blue car"),
         ([("user", ["the bird on grass"])], "the bird on grass"),
-        ([("user", ["the bird", "<image>"])], ""),
+        ([("user", ["the bird", "<image>"])], "the bird"),
+        ([("user", ["the bird", "<image>"]), ("assistant", ["red"]), ("user", ["a dog", "<image>"])], "a dog"),
+        ([("user", ["<image>"])], ""),
     ],
 )
 def test_prompts_of_a_template(turns: list[tuple[str, list[str]]], question: str) -> None:
@@ -120,6 +123,36 @@ def test_bounds_by_hand() -> None:
     assert find_question(pieces, [piece == b"<image>" for piece in pieces], idle, Marks()) == (3, 4)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "question"),
+    [
+        ("USER: <image>\nWhat does the sign USER: mean? ASSISTANT:", "What does the sign USER: mean?"),
+        ("USER: USER: is on the sign. <image> Why? ASSISTANT:", "USER: is on the sign. <image> Why?"),
+        ("USER: <image> a dog? ASSISTANT: no USER: and USER: what? ASSISTANT:", "and USER: what?"),
+        ("USER: <image> a dog? ASSISTANT: no USER: a cat?", "a cat?"),
+        ("A USER asks. USER: What is this? <image> ASSISTANT:", "What is this?"),
+        ("USER: What is in this <image> picture? ASSISTANT:", "What is in this <image> picture?"),
+    ],
+)
+def test_a_turn_begins_at_its_header_alone(prompt: str, question: str) -> None:
+    pieces = [piece.encode() for piece in re.findall(r"<image>|\s*\w+|\s*[^\w\s<]|\s", prompt)]
+    image = [piece == b"<image>" for piece in pieces]
+    start, stop = find_question(pieces, image, [False] * len(pieces), Marks("USER: ", (" ASSISTANT:",)))
+    assert b"".join(pieces[start:stop]).decode().strip() == question
+
+
+def test_images_inside_a_question_are_neither_tokens_nor_words_of_it() -> None:
+    processor = world()
+    prompt = "USER: Is the dog<image>in the car? ASSISTANT:"
+    inputs = processor(text=[prompt], images=[sampling.sample(7).image()], return_tensors="pt")
+    image = processor.tokenizer.convert_tokens_to_ids("<image>")
+    find = QuestionFinder(VisionTokens((image,), ()), processor)
+    found, (words,) = find(inputs.input_ids, inputs.attention_mask.bool())
+    assert not (found & (inputs.input_ids == image)).any()
+    assert processor.tokenizer.decode(inputs.input_ids[found]).replace(" ", "") == "Isthedoginthecar?"
+    assert [word.text for word in words] == ["Is", "the", "dog", "in", "the", "car"]
+
+
 def test_words_know_their_tokens() -> None:
     pieces = [b"x", b" Is", b" Tim", b"'s dog-", b"house b", b"ig", b"?", " größer".encode(), b"!"]
     found = words_of(pieces, 1, 9)
@@ -130,6 +163,23 @@ def test_words_know_their_tokens() -> None:
         ("big", 4, 6),
         ("größer", 7, 8),
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Is “the” dog—or the cat—here?", ["Is", "the", "dog", "or", "the", "cat", "here"]),
+        ("«Où» est l’été… là–bas", ["Où", "est", "l’été", "là", "bas"]),
+        ("क्या यह हिन्दी है？", ["क्या", "यह", "हिन्दी", "है"]),
+        ("几只狗？ 3°", ["几只狗", "3"]),
+    ],
+)
+def test_quotes_and_dashes_of_any_script_part_words(text: str, words: list[str]) -> None:
+    """Tokens of single bytes: most are halves of a character."""
+    pieces = [bytes([byte]) for byte in b"x " + text.encode() + b"\xe2\x80"]
+    found = words_of(pieces, 2, len(pieces))
+    assert [word.text for word in found] == words
+    assert [b"".join(pieces[word.start : word.stop]).decode() for word in found] == words
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import attnsteer
 from attnsteer import Processor, SteeringError, Variant, Where
 from attnsteer.processors.gift import GIFT
+from attnsteer.processors.image_contrast import ImageContrast
 from attnsteer.processors.pai import PAI
+from attnsteer.processors.paint import PAINT
 from attnsteer.processors.vhr import VHR
 from tests.hosts.common import GREEDY, ScaleAll, state_of
 from tests.tiny import vlms
@@ -63,6 +66,8 @@ def test_what_cannot_share_a_prefill_is_refused() -> None:
     for processor in (ScaleAll(), VHR()):
         with pytest.raises(SteeringError, match=f"{type(processor).__name__} changes more than the last row"):
             ready.generate(processor)
+    with pytest.raises(SteeringError, match="ImageContrast predicts every token once more from a prompt of its own"):
+        ready.generate(ImageContrast())
     with pytest.raises(SteeringError, match="input_ids= was given to prefill already"):
         ready.generate(input_ids=inputs["input_ids"])
     assert torch.equal(ready.generate(VHR(alpha=1.0), **GREEDY), model.generate(**inputs, **GREEDY))
@@ -135,6 +140,47 @@ def test_beams_that_the_generation_config_asks_for_are_counted() -> None:
     ready = attnsteer.prefill(model, **inputs)
     assert torch.equal(ready.generate(VARIANTS[0], **GREEDY), expected)
     assert torch.equal(ready.generate(variants=VARIANTS[:1], **GREEDY), expected)
+
+
+@pytest.mark.parametrize(
+    ("of_model", "given"), [(None, {"num_beams": 2}), (2, {"max_new_tokens": 5}), (3, {"num_beams": 2}), (2, None)]
+)
+def test_beams_are_those_of_the_effective_config(of_model: int | None, given: dict[str, Any] | None) -> None:
+    """A config of the call goes before that of the model, which stands where the first says nothing."""
+    model, inputs = doubles("llava")
+    with attnsteer.steer(model, VARIANTS[0]):
+        expected = model.generate(**inputs, **GREEDY, num_beams=2)
+    model.generation_config.num_beams = of_model
+    ready = attnsteer.prefill(model, **inputs)
+    config = {} if given is None else {"generation_config": GenerationConfig(**given)}
+    assert torch.equal(ready.generate(VARIANTS[0], **config, **GREEDY), expected)
+
+
+# ---- what the vision tower saw ---------------------------------------------------------------------------------------
+PAINTS = [PAINT(Where(layers="all"), alpha=a, local_ratio=0.5) for a in (0.5, 0.2)]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_what_the_class_token_looked_at_stays_with_the_prefill(named: bool) -> None:
+    """PAINT changes the last row alone: strengths, PAI beside it and beams share one prefill, the tower runs once."""
+    model, inputs = doubles("llava")
+    passes: list[int] = []
+    model.model.vision_tower.register_forward_hook(lambda *_: passes.append(1))
+    ready = attnsteer.prefill(model, *PAINTS[:1] if named else (), **inputs)
+    variants: list[Any] = [PAINTS[0], None, [PAINTS[1], PAI(Where(layers=[1]))], GIFT(token_selector="all")]
+    alone: list[list[Processor]] = [[PAINTS[0]], [], variants[2], [variants[3]]]
+    tokens, beams = ready.generate(variants=variants, **GREEDY), ready.generate(PAINTS[0], **GREEDY, num_beams=2)
+    logits = ready.logits(variants=variants)
+    assert len(passes) == 2  # the prompt, and once more for what nobody had named
+    once = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    for number, processors in enumerate(alone):
+        rows = slice(2 * number, 2 * number + 2)
+        with attnsteer.attach(model, variants=[processors]):
+            torch.testing.assert_close(logits[rows], model.generate(**inputs, **once).logits[0], rtol=1e-5, atol=1e-5)
+            assert torch.equal(tokens[rows], model.generate(**inputs, **GREEDY))
+    with attnsteer.steer(model, PAINTS[0]):
+        assert torch.equal(beams, model.generate(**inputs, **GREEDY, num_beams=2))
+    assert not torch.equal(logits[:2], logits[2:4])
 
 
 def test_variants_run_the_prompt_once_and_the_last_token_once() -> None:

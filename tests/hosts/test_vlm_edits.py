@@ -15,6 +15,8 @@ from attnsteer import AttentionCall, KeyBias, Processor, SteeringError, Where
 from attnsteer.binding import ATTRIBUTE
 from attnsteer.edits import LogitEdit
 from attnsteer.processors.gift import GIFT
+from attnsteer.processors.icd import ICD
+from attnsteer.processors.m3id import M3ID
 from attnsteer.processors.pai import PAI
 from attnsteer.processors.paint import PAINT
 from attnsteer.processors.softpag import SoftPAG
@@ -147,7 +149,10 @@ def shipped() -> tuple[Any, Any]:
     return LlavaForConditionalGeneration.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("method", ["VAR", "VAF", "PAI", "PAINT"])
+OTHERS = {"VHR": VHR(ALL), "GIFT": GIFT(alpha=3.0), "VCD": VCD(), "ICD": ICD(), "M3ID": M3ID(decay=0.3)}
+
+
+@pytest.mark.parametrize("method", ["VAR", "VAF", "PAI", "PAINT", *OTHERS])
 def test_the_embedded_model_answers_a_batch_as_it_answers_one_by_one(shipped: tuple[Any, Any], method: str) -> None:
     from attnsteer.world import sampling
 
@@ -157,8 +162,8 @@ def test_the_embedded_model_answers_a_batch_as_it_answers_one_by_one(shipped: tu
     pictures = [sampling.sample(number).image() for number in (7, 8)]
     options = {"max_new_tokens": 12, "do_sample": False}
     both = processor(images=pictures, text=texts, padding=True, padding_side="left", return_tensors="pt")
-    steered = METHODS[method]
-    with attnsteer.steer(model, steered):
+    steered = {**METHODS, **OTHERS}[method]
+    with attnsteer.steer(model, steered, processor=processor):
         together = model.generate(**both, **options)[:, both["input_ids"].shape[1] :]
         for row in range(2):
             one = processor(images=pictures[row], text=texts[row], return_tensors="pt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -124,6 +125,23 @@ def test_several_questions_at_once_are_those_one_by_one(name: str) -> None:
     assert len(memory) == 2
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen25"])
+def test_a_picture_is_encoded_once_for_all_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three questions on one picture, equal but not one object: the picture and three refined ones."""
+    model, _ = tiny(name)
+    _, chat = tiny(name)  # it asks a model for the number of image tokens
+    plain, seen = model.get_image_features, []
+
+    @functools.wraps(plain)
+    def counted(pixel_values: torch.Tensor, **more: Any) -> Any:
+        seen.append(len(more.get("image_grid_thw", pixel_values)))
+        return plain(pixel_values, **more)
+
+    monkeypatch.setattr(model, "get_image_features", counted)
+    found = QUICK.answers(model, chat, [picture() for _ in range(3)], ["what is this", "why", "is there a dog"])
+    assert sum(seen) == 1 + len({one.refined.tobytes() for one in found}) > 2
+
+
 def test_the_model_is_as_before() -> None:
     model, chat = tiny("llava")
     rows = batch(model, chat, [(picture(),)], ["what is this"])
@@ -152,6 +170,22 @@ def test_a_picture_whose_centre_alone_is_seen_is_cut_from_there() -> None:
     assert (found.heat[:, 96:] == 0).all()
     assert found.box[0] >= 32
     assert found.box[2] <= 96
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.4, 0.6, 0.9])
+def test_keep_is_a_share_of_what_the_model_sees(keep: float) -> None:
+    """Half of the picture lies outside the centre crop; a hot spot in it stays the refined picture for every share."""
+    own = torch.full((1, 1, 8, 8), 0.1) + 0.01 * torch.rand(1, 1, 8, 8)
+    own[0, 0, 2:4, 2:4] = 5.0
+    looks = Look(own, [1]), Look(torch.ones(1, 1, 8, 8), [1])
+    carve = CARVE(keep=keep, steps="first", regions=64)
+    _, box, _, mask, _ = carve.refine(picture((64, 32)), *looks, area=(16, 0, 48, 32))
+    assert mask[:, 16:48].mean() == pytest.approx(keep, abs=0.01)
+    assert not mask[:, :16].any()
+    assert not mask[:, 48:].any()
+    assert mask[8:16, 24:32].all()
+    assert box[0] >= 16
+    assert box[2] <= 48
 
 
 def test_the_embedded_model_answers_about_a_part() -> None:
@@ -185,7 +219,15 @@ def test_general_maps_are_for_their_own_question() -> None:
 
 
 def test_wrong_parameters_say_what_is_allowed() -> None:
-    for bad in ({"lam": -1}, {"keep": 0}, {"keep": 1.5}, {"regions": 0}, {"max_new_tokens": 0}):
+    for bad in (
+        {"lam": -1},
+        {"keep": 0},
+        {"keep": 1.5},
+        {"regions": 0},
+        {"regions": 2.5},
+        {"max_new_tokens": 0},
+        {"max_new_tokens": 2.5},
+    ):
         with pytest.raises(SteeringError, match="allowed is"):
             CARVE(**bad)
     for bad in ({"steps": "last"}, {"final_images": "crop"}):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -488,3 +489,24 @@ def test_world_llava_answers_under_gift() -> None:
     assert saliency.amax(-1).tolist() == [1, 1]
     with pytest.raises(SteeringError, match="give processor="):
         attnsteer.attach(model, GIFT())
+
+
+@pytest.mark.parametrize(
+    "prompt", ["USER: Is there a dog in the image? <image> ASSISTANT:", "USER: <image> ASSISTANT:"]
+)
+def test_a_map_that_nothing_was_read_for_warns(prompt: str) -> None:
+    """A question before the image cannot see it: f = 1, and the user hears of it."""
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    folder = assets.path("models/world-llava")
+    model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    picture = sampling.sample(7).image()
+    usual = processor(text=["USER: <image> Is there a dog? ASSISTANT:"], images=[picture], return_tensors="pt")
+    odd = processor(text=[prompt], images=[picture], return_tensors="pt")
+    plain = model(**odd).logits
+    with attnsteer.steer(model, GIFT(), processor=processor), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**usual)
+        with pytest.warns(UserWarning, match=r"rows \[0\] of the batch"):
+            assert torch.equal(model(**odd).logits, plain)

@@ -122,9 +122,9 @@ def test_the_row_of_the_class_token_is_that_of_the_explicit_maps(implementation:
     tower, _ = vlms.build("llava")
     tower.set_attn_implementation("eager")
     maps = tower.model.vision_tower(inputs["pixel_values"], output_attentions=True).attentions
-    for first, last in found:
-        torch.testing.assert_close(first, maps[0][:, :, 0, 1:].sum(1), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(last, maps[-2][:, :, 0, 1:].sum(1), rtol=1e-5, atol=1e-6)
+    for first, last in found:  # (prompts, pictures of each, patches)
+        torch.testing.assert_close(first, maps[0][:, :, 0, 1:].sum(1)[:, None], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(last, maps[-2][:, :, 0, 1:].sum(1)[:, None], rtol=1e-5, atol=1e-6)
 
 
 def test_local_tokens_follow_the_picture_of_their_row() -> None:
@@ -142,15 +142,42 @@ def test_local_tokens_follow_the_picture_of_their_row() -> None:
     assert not torch.equal(swapped[0], swapped[1])
 
 
-def test_prompts_that_cannot_be_matched_are_refused() -> None:
+def test_prompts_of_no_one_and_two_pictures_share_a_batch() -> None:
+    """Each row as it is alone; in the row of two pictures each picture has the tokens that it has alone."""
+    model, make = vlms.build("llava")
+    inputs, paint = make(3), PAINT(Where(layers="all"), local_ratio=0.5)
+    ids = inputs["input_ids"]
+    image = ids[0] == vlms.IMAGE
+    rows = [ids[:1, ~image], ids[1:2], torch.cat([ids[2:], ids[2:, 1:]], 1)]
+    pixels = [None, inputs["pixel_values"][:1], inputs["pixel_values"][1:]]
+    longest = rows[2].shape[1]
+    together = torch.cat([torch.nn.functional.pad(r, (longest - r.shape[1], 0), value=vlms.PAD) for r in rows])
+    given = {"input_ids": together, "attention_mask": (together != vlms.PAD).long()}
+    with attnsteer.steer(model, paint) as steering:
+
+        def gain(call: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            logits = model(**call).logits[:, -1]
+            return logits, next(iter(steering.states(paint).values())).get("gain")
+
+        logits, gains = gain({**given, "pixel_values": inputs["pixel_values"]})
+        for n, (row, seen) in enumerate(zip(rows, pixels, strict=True)):
+            alone, own = gain({"input_ids": row} if seen is None else {"input_ids": row, "pixel_values": seen})
+            torch.testing.assert_close(logits[n : n + 1], alone, rtol=1e-4, atol=1e-5)
+            if own is not None:
+                assert torch.equal(gains[n, : own.shape[1]], own[0])
+        singles = [gain({"input_ids": ids[:1], "pixel_values": one[None]})[1] for one in pixels[2]]
+        assert torch.equal(torch.cat(singles, 1), gains[2:])
+    with_zeros = {**given, "pixel_values": inputs["pixel_values"]}
+    assert not torch.allclose(model(**with_zeros).logits[2, -1], logits[2])
+    assert torch.equal(model(**with_zeros).logits[0, -1], logits[0])
+
+
+def test_pictures_without_pixels_are_refused() -> None:
     model, make = vlms.build("llava")
     inputs = make(2)
-    two = torch.cat([inputs["input_ids"], inputs["input_ids"][:, 1:]], 1)
-    doubled = {"input_ids": two, "pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1)}
-    with attnsteer.steer(model, PAINT()):
-        with pytest.raises(SteeringError, match="4 pictures for 2 prompts"):
-            model(**doubled)
-        model(**inputs)
+    seen = {"image": model.get_image_features(inputs.pop("pixel_values"), return_dict=True)}
+    with attnsteer.steer(model, PAINT()), pytest.raises(SteeringError, match="give pixels"):
+        model(**inputs, mm_encoder_outputs=seen)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -260,6 +261,31 @@ def test_unlisted_models_are_measured_once(name: str, monkeypatch: pytest.Monkey
     assert torch.equal(model(**inputs).logits, expected)  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("way", ["in place", "data", "state dict"])
+def test_weights_that_changed_are_measured_again(way: str) -> None:
+    model, make = vlms.build("llava")
+    weight, var = model.get_input_embeddings().weight, VAR(tau=4.0, floor=0.0, rho=0.0)
+    with torch.no_grad():
+        weight[:, 7] = 30.0
+
+    def channels() -> set[tuple[int, ...]]:
+        with attnsteer.steer(model, var) as steering:
+            model(**make(1))
+            return {state["massive_channels"] for state in steering.states(var).values()}
+
+    assert channels() == {(7,)}
+    other = weight.detach().roll(13, 1)
+    with torch.no_grad():
+        if way == "in place":
+            weight.copy_(other)
+        elif way == "data":  # as adapters are merged
+            weight.data += other - weight.data
+        else:
+            name = next(n for n, p in model.named_parameters() if p is weight)
+            model.load_state_dict({**model.state_dict(), name: other})
+    assert channels() == {(20,)}
+
+
 def test_a_model_without_massive_channels_warns() -> None:
     model, _ = vlms.build("llava")
     with pytest.warns(UserWarning, match="No channel of this model"), attnsteer.steer(model, VAR(tau=4.1)):
@@ -271,6 +297,18 @@ def test_a_threshold_that_the_width_cannot_reach_warns() -> None:
     with pytest.warns(UserWarning, match=r"choose tau below 18"):
         VAR().where_for([site])
     VAR(tau=17.0).where_for([site])
+
+
+def test_an_infinite_threshold_is_off_and_says_nothing() -> None:
+    """Attached to a model whose channels are not known, it measures none."""
+    model, make = vlms.build("llava")
+    inputs = make(2)
+    plain = model(**inputs).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with attnsteer.steer(model, VAR(tau=math.inf)):
+            assert torch.equal(model(**inputs).logits, plain)
+    assert VAR(tau=math.inf).inert
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------

@@ -120,6 +120,11 @@ def test_a_wrong_parameter_names_itself_and_what_is_allowed(wrong: dict[str, Any
         VHR(**wrong)
 
 
+def test_positions_of_vhd_are_counted() -> None:
+    with pytest.raises(SteeringError, match=r"positions=1.5.*an int from 1 up"):
+        VHD(positions=1.5)  # type: ignore[arg-type]
+
+
 def test_parameters_survive_the_way_through_json() -> None:
     for processor in (VHR(), VHR(Where(layers=[1, 2]), alpha=3.0, reference="plain", second_layer=False)):
         assert processor_from_dict(processor.to_dict()) == processor

@@ -16,7 +16,7 @@ from attnsteer.hosts.asking import batch, greedy, words
 from attnsteer.hosts.vlm_grids import image_grids, patch_side, picture_side
 from attnsteer.processors import ViCrop
 from attnsteer.processors.carve import GENERAL, SUFFIX
-from attnsteer.regions import crop_box, edges
+from attnsteer.regions import crop_box, edges, tiles
 from attnsteer.world import sampling
 from tests.test_looking import picture, tiny, world
 from tests.tiny import vlms
@@ -106,6 +106,33 @@ def test_large_pictures_are_looked_at_in_tiles() -> None:
     assert found.heat.shape == (1100, 1600)
 
 
+@pytest.mark.parametrize("size", [(2048, 1100), (700, 2000), (1100, 1500)])
+def test_maps_of_tiles_lie_where_the_tiles_were_seen(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded model's processor crops the centre of a tile too: a peak in each corner of each map."""
+    model, processor = world()
+    spot = torch.zeros(8, 8).double()
+    spot[0, 0] = spot[7, 7] = 1.0
+    monkeypatch.setattr(ViCrop, "importance", lambda *_: spot)
+    method = ViCrop(high_resolution=True, final_images="refined", max_new_tokens=1, side=200)
+    picture = Image.new("RGB", size)
+    found, parts = method.answer(model, processor, picture, ASKED), tiles(picture)
+    cell = min(parts[0][0].size) / 8
+    top = 0
+    for line in parts:
+        left = 0
+        for tile in line:
+            width, height = tile.size
+            seen = min(width, height)
+            x, y = left + (width - seen) / 2, top + (height - seen) / 2  # the corner of the centre square
+            heat = found.heat[top : top + height, left : left + width]
+            near = np.argwhere(heat > 0.5 * heat.max()) + 0.5
+            corners = np.array([[y, x], [y + seen, x + seen]]) - [top, left] + [[cell / 2] * 2, [-cell / 2] * 2]
+            assert all(np.abs(corner - near).max(1).min() < cell / 2 for corner in corners)
+            assert all(np.abs(corners - place).max(1).min() < 1.5 * cell for place in near)
+            left += width
+        top += line[0].height
+
+
 def test_a_short_question_makes_the_map_alone() -> None:
     model, chat = tiny("llava")
     method = ViCrop(layer=2, side=10, max_new_tokens=3)
@@ -143,7 +170,7 @@ def test_wrong_parameters_say_what_is_allowed() -> None:
     for bad in ({"map": "attention"}, {"final_images": "crop"}):
         with pytest.raises(SteeringError, match="allowed are"):
             ViCrop(**bad)
-    for bad in ({"max_new_tokens": 0}, {"median": 0}, {"side": 0}):
+    for bad in ({"max_new_tokens": 0}, {"median": 0}, {"median": 3.5}, {"side": 0}, {"side": 10.5}):
         with pytest.raises(SteeringError, match="allowed is"):
             ViCrop(**bad)
     with pytest.raises(SteeringError, match="odd"):
