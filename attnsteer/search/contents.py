@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .weights import weights_of
+from ..metrics.pictures.weights import weights_of
 
 PLAIN = (type(None), EllipsisType, bool, int, float, complex, str, bytes, range, PurePath)
 NAMED = (type, ModuleType, BuiltinFunctionType)
