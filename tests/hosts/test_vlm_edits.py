@@ -68,11 +68,13 @@ def test_kernels_agree_rows_are_independent_and_off_is_plain(name: str, method: 
         if name.startswith("qwen"):
             pytest.skip("transformers has no flex attention for Qwen-VL")
         torch._dynamo.reset()  # torch 2.13 cannot compile it for sizes that vary
+    # torch 2.13 writes C++ that does not compile for a mask of image tokens that see each other, in the plain model too
+    stance = "force_eager" if "flex_attention" in kernels and name == "gemma3" else "default"
     model, make = vlms.build(name)
     inputs, found = make(2, left_padding=True), {}
     for implementation in kernels:
         model.set_attn_implementation({"text_config": implementation})
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.compiler.set_stance(stance):
             warnings.simplefilter("ignore", UserWarning)  # flex without compilation
             plain, before = model(**inputs).logits, state_of(model)
             with attnsteer.steer(model, METHODS[method]):
