@@ -89,6 +89,32 @@ def test_embedded_models_bring_what_fits_them_and_options_go_first() -> None:
             assert any(name in options.parameters_of(method) for method in available()), (model, name)
 
 
+def test_methods_in_one_text_are_read_like_options() -> None:
+    (one,) = options.written("attend-and-excite:subjects=dog,red car,level=1,steps=0:4", "somewhere")
+    assert (one.subjects, one.level, one.where) == (("dog", "red car"), 1, Where(steps=slice(0, 4)))
+    (one,) = options.written("carve:general=What + why?,regions=2", "somewhere")
+    assert (one.general, one.regions) == ("What + why?", 2)
+    carve, vicrop = options.written("carve:general=a+b,regions=2+vicrop:map=rel-att", "somewhere")
+    assert (carve.general, carve.regions, vicrop.map) == ("a+b", 2, "rel-att")
+    (story,) = options.written("consistent-self-attention:strength=.5", "somewhere", prompts=2)
+    assert story.frames == 2
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ("pai:alpha=.2,alpha=.5", "alpha twice"),
+        ("pai:layers=", "layers once"),
+        ("pai:layers=1,layers=2", "layers once"),
+        ("ir-diffusion:start_layer=1", "cannot be written here"),
+        ("pai+vhhr", "no method 'vhhr'; did you mean VHR"),
+    ],
+)
+def test_methods_in_one_text_that_say_nothing_clear_are_refused(text: str, why: str) -> None:
+    with pytest.raises(SteeringError, match=why):
+        options.written(text, "somewhere")
+
+
 def test_a_story_has_as_many_frames_as_prompts() -> None:
     story = given(method="consistent-self-attention", prompt=["a", "b", "c"])
     assert options.configuration(story)["parameters"] == {"frames": 3}

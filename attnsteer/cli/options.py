@@ -108,7 +108,7 @@ def processors(given: argparse.Namespace) -> list[Processor]:
     Raises:
         SteeringError: options that contradict each other, or a value that is not allowed.
     """
-    from ..config import load_processors, processor_from_dict
+    from ..config import load_processors
 
     details = [name for name in ("subjects", "param", "layers", "heads", "steps") if getattr(given, name)]
     if given.config and (given.method or details):
@@ -124,10 +124,16 @@ def processors(given: argparse.Namespace) -> list[Processor]:
             raise SteeringError(
                 f"--{details[0]} goes with one method alone: write --method NAME:param=value,layers=2:4+NAME."
             )
-        return written(given.method, given.model)
-    wanted = configuration(given)
+        return written(given.method, given.model, prompts=len(getattr(given, "prompt", ())))
+    return [_made(configuration(given))]
+
+
+def _made(wanted: dict[str, Any]) -> Processor:
+    """The processor of a configuration."""
+    from ..config import processor_from_dict
+
     try:
-        return [processor_from_dict(wanted)]
+        return processor_from_dict(wanted)
     except SteeringError as error:
         tensors = [name for name, kind in parameters_of(wanted["processor"]).items() if "Tensor" in kind]
         if not any(f"{name}=" in str(error) for name in tensors):
@@ -143,57 +149,82 @@ def is_written(text: str) -> bool:
     return ":" in text or "+" in text
 
 
-def written(text: str, model: str, defaults: Mapping[str, Any] | None = None) -> list[Processor]:
+def written(text: str, model: str, defaults: Mapping[str, Any] | None = None, prompts: int = 0) -> list[Processor]:
     """``pai:alpha=0.5,layers=2:8+image-contrast:gamma=1.1`` as processors, with what fits an embedded model.
 
     ``defaults``: parameters of those processors that have them, where neither the text nor the model says otherwise.
+    ``prompts``: how many there are, for methods whose pictures are a story.
 
     Raises:
         SteeringError: an unknown processor or parameter, or a value that is not allowed.
     """
     fitting = {**(defaults or {}), **EMBEDDED.get(model, {})}
-    return [_written(part, fitting) for part in re.split(r"\+(?=[A-Za-z])", text)]
+    return [_made(_written(part, fitting, prompts)) for part in _parts(text)]
 
 
-def _written(text: str, defaults: Mapping[str, Any]) -> Processor:
+def _parts(text: str) -> list[str]:
+    """The methods of ``pai:alpha=.2+vcd``; a plus that no method follows belongs to the value before it."""
+    from ..processors import available
+
+    names, parts = {_bare(name) for name in available()}, [""]
+    for piece in re.split(r"\+(?=[A-Za-z])", text):
+        inside = ":" in parts[-1] and _bare(piece.partition(":")[0]) not in names
+        parts[-1:] = [f"{parts[-1]}+{piece}"] if inside else [parts[-1], piece]
+    return parts[1:]
+
+
+def _written(text: str, defaults: Mapping[str, Any], prompts: int) -> dict[str, Any]:
     """``vhr:alpha=2,layers=4:8``; a comma that begins no parameter belongs to the value before it."""
-    from ..config import processor_from_dict
-
     title, _, rest = text.partition(":")
     name = method(title.strip())
     known = parameters_of(name)  # CARVE has steps of its own
     where: dict[str, str | None] = dict.fromkeys(("layers", "heads", "steps"))
-    found: dict[str, Any] = {}
+    texts = []
     for part in re.split(r",(?=\s*[A-Za-z_]\w*=)", rest) if rest else []:
         key, equals, value = part.strip().partition("=")
-        if equals and key in where and key not in known:
-            where[key] = value
+        if not equals or key in known or key not in where:
+            texts.append(part.strip())
+        elif where[key] or not value.strip():
+            raise SteeringError(f"--method {text!r} must say {key} once: {key}=VALUE.")
         else:
-            found |= [parameter(part.strip(), "--method")]
-    if any(where.values()):
-        if "where" in found:
-            raise SteeringError("where=... and layers, heads, steps say the same thing: give one.")
-        found["where"] = selection(**where)
-    fitting = {k: v for k, v in defaults.items() if k in known}
-    return processor_from_dict({"processor": name, "parameters": fitting | found})
+            where[key] = value
+    return _settled(name, texts, where, defaults, prompts, "--method")
 
 
 def configuration(given: argparse.Namespace) -> dict[str, Any]:
     """The method of the options as the plain values of ``Processor.to_dict``; what is not given is left out."""
-    name, parameters = method(given.method), dict(parameter(text) for text in given.param)
-    where = selection(given.layers, given.heads, given.steps)
-    if where:
-        if "where" in parameters:
-            raise SteeringError("--param where=... and --layers, --heads, --steps say the same thing: give one.")
-        parameters["where"] = where
+    texts = list(given.param)
     if given.subjects:
-        if "subjects" in parameters:
+        if any(text.startswith("subjects=") for text in texts):
             raise SteeringError("--param subjects=... and --subjects say the same thing: give one.")
-        parameters["subjects"] = subjects(given.subjects, name)
-    if "frames" in parameters_of(name) and len(getattr(given, "prompt", ())) > 1:
-        parameters.setdefault("frames", len(given.prompt))
-    fitting = {k: v for k, v in EMBEDDED.get(given.model, {}).items() if k in parameters_of(name)}
-    return {"processor": name, "parameters": fitting | parameters}
+        texts.append(f"subjects={given.subjects}")
+    where = {"layers": given.layers, "heads": given.heads, "steps": given.steps}
+    prompts = len(getattr(given, "prompt", ()))
+    return _settled(method(given.method), texts, where, EMBEDDED.get(given.model, {}), prompts, "--param")
+
+
+def _settled(
+    name: str,
+    texts: Sequence[str],
+    where: Mapping[str, str | None],
+    defaults: Mapping[str, Any],
+    prompts: int,
+    option: str,
+) -> dict[str, Any]:
+    """A method with parameters ``NAME=VALUE``, layers, heads and steps as written, and the defaults that it has."""
+    kinds, found = parameters_of(name), {}
+    for key, value in (parameter(text, option) for text in texts):
+        if key in found:
+            raise SteeringError(f"{option} gives {key} twice.")
+        found[key] = subjects(value, name) if key == "subjects" and isinstance(value, str) else value
+    chosen = selection(**where)
+    if chosen and "where" in found:
+        raise SteeringError("where=... and layers, heads, steps say the same thing: give one.")
+    if chosen:
+        found["where"] = chosen
+    if "frames" in kinds and prompts > 1:
+        found.setdefault("frames", prompts)
+    return {"processor": name, "parameters": {k: v for k, v in defaults.items() if k in kinds} | found}
 
 
 def method(text: str) -> str:
