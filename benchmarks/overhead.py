@@ -25,6 +25,7 @@ import torch
 
 import attnsteer
 from attnsteer import Where
+from attnsteer.chat import question_inputs
 from attnsteer.edits import Mix, OwnValue
 from attnsteer.processors import VHR, SoftPAG
 from attnsteer.world import assets, sampling
@@ -101,10 +102,8 @@ def diffusion_cases(pipe: Any, size: int | None, steps: int) -> Cases:
 
 def language_cases(model: Any, processor: Any, tokens: int) -> Cases:
     """A caption with the plain model and with VHR."""
-    picture = sampling.sample(0).image()
-    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Please describe this image."}]}]
-    text = processor.apply_chat_template(chat, add_generation_prompt=True)
-    inputs = processor(images=picture, text=text, return_tensors="pt").to(model.device, model.dtype)
+    inputs = question_inputs(processor, [sampling.sample(0).image()], ["Please describe this image."])
+    inputs = inputs.to(model.device, model.dtype)
 
     def generate(*processors: Any) -> None:
         with attnsteer.attach(model, *processors) if processors else nullcontext():

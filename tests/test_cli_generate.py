@@ -101,7 +101,7 @@ def test_methods_in_one_text_are_read_like_options() -> None:
 
 
 @pytest.mark.parametrize(
-    "text, why",
+    ("text", "why"),
     [
         ("pai:alpha=.2,alpha=.5", "alpha twice"),
         ("pai:layers=", "layers once"),
