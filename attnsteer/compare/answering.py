@@ -149,6 +149,8 @@ def model_digest(model: Any, processor: Any) -> str:
         if hasattr(tensor, "device")
     }
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    saved = {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
+    config |= saved  # as save_pretrained would note them
     generation = model.generation_config.to_dict()
     generation.pop("transformers_version", None)
     return identity(

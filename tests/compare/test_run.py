@@ -160,6 +160,7 @@ def test_a_changed_setting_uses_no_old_line(tmp_path: Path) -> None:
         other = Answerer(model, processor)
     finally:
         weight.copy_(before)
+    model.save_pretrained(tmp_path / "saved")  # which notes class and type in the configuration
     assert other.digest != answerer().digest == Answerer(model, processor).digest
     for options in ({"tasks": longer}, {"tasks": asked}, {"by": other}, {"methods": [Method("x", (VHR(alpha=1.5),))]}):
         found = comparison(tmp_path, **options)

@@ -80,7 +80,7 @@ WRONG: dict[str, tuple[list[Any], str]] = {
     "an objective twice": (["world-sd3", "--objective", "judge", "--objective", "judge"], "names one objective twice"),
     "a missing checkpoint": (
         ["world-sd3", *SMALL, "--objective", "clip", "--checkpoint", "clip={}/nowhere", "--out", "{}/out"],
-        "cannot be loaded as part of an objective",
+        "cannot be loaded to score pictures",
     ),
     "strengths without curve": (["world-sd3", "--curve-strengths", "1"], "belongs to --curve"),
     "strengths that are none": (["world-sd3", "--curve", "--curve-strengths", "a,b"], "are no numbers"),
