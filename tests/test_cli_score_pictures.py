@@ -204,15 +204,22 @@ def touch(folder: Path, *names: str) -> None:
         (folder / name).touch()
 
 
-def test_stories_are_sets(tmp_path: Path) -> None:
-    first, second = "a dog on grass", "a photo of 3 dogs"
-    row = "a-dog-on-grass-7-1-method-strength-0.5"
-    touch(tmp_path, "a-dog-on-grass-7.png", f"{row}-1-a-dog-on-grass.png", f"{row}-2-a-photo-of-3-dogs.png")
-    found = folders.read(tmp_path, [folders.Asked(first), folders.Asked(second)])
-    shown = {prompt: [each.shown for each in pictures] for prompt, pictures in found.pictures.items()}
-    assert [(each.seed, each.subject) for each in shown[first]] == [("7", ("a-dog-on-grass", "7"))]
-    assert [(each.seed, each.subject) for each in shown[second]] == [("8", ("a-dog-on-grass", "7"))]
-    assert not found.problems
+def test_stories_are_sets(tmp_path: Path, capsys: Capture) -> None:
+    long = "a photo of 3 dogs, which all sit side by side on a blue ground"
+    story = ["a dog on grass", long, "2 cats", ".5 of a bus"]
+    call = ["generate", "world-sd", "--num-steps", "2", "--seed", "7", "--json", "--out", "a-dog-on-grass-7.png"]
+    call[-1] = str(tmp_path / call[-1])
+    call += ["--method", "consistent-self-attention", "--param", "strength=0.5"]
+    assert main([*call, *(word for prompt in story for word in ("--prompt", prompt))]) == 0
+    written = json.loads(capsys.readouterr().out)["files"]
+    asked = [folders.Asked(prompt) for prompt in story]
+    for row, variant in enumerate(("plain", "ConsistentSelfAttention")):
+        found = folders.read(tmp_path, asked, variant)
+        pictures = [picture for prompt in story for picture in found.pictures[prompt]]
+        assert [str(each.file) for each in pictures] == written[4 * row : 4 * row + 4]
+        assert [each.shown.seed for each in pictures] == ["7", "8", "9", "10"]
+        assert {each.shown.subject for each in pictures} == {("a-dog-on-grass", "7")}
+        assert not found.problems
 
 
 def test_one_folder_a_prompt(tmp_path: Path) -> None:
