@@ -311,3 +311,22 @@ def test_geneval_of_files(tmp_path: Path, capsys: Capture) -> None:
     assert "give one of them" in refused(capsys, *arguments, "--images", tmp_path)
     assert "go together" in refused(capsys, "geneval", "--images", tmp_path)
     assert "No line" in refused(capsys, *arguments[:3])
+
+
+def test_runs_are_compared_on_the_tags_of_both(tmp_path: Path, capsys: Capture) -> None:
+    box = {"class": "dog", "box": [0, 0, 9, 9], "score": 0.95}
+    for run, tags in (("ours", ("single_object", "counting")), ("theirs", ("single_object", "two_object"))):
+        lines = [
+            {"image": f"{tag}-{n}", "tag": tag, "prompt": tag, "include": [{"class": "dog", "count": 1}]}
+            | {"detections": [box] if n or tag == "counting" else []}
+            for tag in tags
+            for n in range(2)
+        ]
+        (tmp_path / f"{run}.json").write_text(json.dumps(lines))
+    arguments = ("geneval", "--detections", tmp_path / "ours.json", "--against", tmp_path / "theirs.json")
+    report = score(capsys, *arguments, "--strict", code=1)
+    assert report["overall"] == report["correct_images"] == report["against_overall"] == 0.5
+    assert set(report["parts"]) == {"single_object", "counting"} and "differences" not in report["parts"]["counting"]
+    assert [problem.split()[2] for problem in report["problems"]] == ["counting", "two_object"]
+    (tmp_path / "theirs.json").write_text(json.dumps(lines[2:]))
+    assert "no tag in common" in refused(capsys, *arguments)

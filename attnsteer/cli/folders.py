@@ -176,9 +176,7 @@ def _flat(pictures: Sequence[Path], known: dict[str, Asked], problems: list[str]
     return found
 
 
-def _several(
-    file: Path, tail: str, name: str, asked: Asked, titles: Callable[[int], dict[str, Asked]]
-) -> Found | None:
+def _several(file: Path, tail: str, name: str, asked: Asked, titles: Callable[[int], dict[str, Asked]]) -> Found | None:
     """The picture whose file says behind its prompt: seed, number and name of a variant, and a seed or a title."""
     seed = re.fullmatch(r"\d+-\d+-(.+)-seed-(\d+)", tail)
     if seed:

@@ -14,6 +14,7 @@ from .options import finite
 if TYPE_CHECKING:
     from ..metrics.files import Rows
     from ..metrics.pictures.geneval import Rules
+    from ..metrics.pictures.geneval_files import Table
 
 EMBEDDED = "the embedded one"
 """Instead of a judge's folder."""
@@ -81,13 +82,30 @@ def run(given: argparse.Namespace) -> int:
         Path(given.write_detections).write_text(text, encoding="utf-8")
     parts = geneval_files.score(rows, prompts, rules)
     others = geneval_files.score(theirs, prompts, rules) if theirs else None
-    extra = geneval_files.totals(parts)
+    ours = parts
+    if others:
+        ours, others, single = _common(parts, others)
+        problems += single
+    extra = geneval_files.totals(ours)
     if others:
         extra |= {f"against_{name}": value for name, value in geneval_files.totals(others).items()}
-        others = {tag: part for tag, part in others.items() if tag in parts}
     detector = f"the small world's judge, {given.judge}" if given.judge else "given"
     settings = {"detector": detector, "score": rules.score, "counting_score": rules.counting, "overlap": rules.overlap}
     return tables.report(given, settings, parts, others, extra, problems)
+
+
+def _common(ours: Table, theirs: Table) -> tuple[Table, Table, list[str]]:
+    """What both runs have scores of, and the problem that one of them has more.
+
+    Raises:
+        SteeringError: they have no tag in common.
+    """
+    both = [tag for tag in ours if tag in theirs]
+    if not both:
+        raise SteeringError("The two runs have no tag in common: compare pictures of the same prompts.")
+    single = [tag for tag in (*ours, *theirs) if tag not in both]
+    problems = [f"the tag {tag} has scores in one of the two runs only: the totals leave it out" for tag in single]
+    return {tag: ours[tag] for tag in both}, {tag: theirs[tag] for tag in both}, problems
 
 
 def _rules(given: argparse.Namespace) -> Rules:
