@@ -14,8 +14,10 @@ from attnsteer.cli import folders, main
 from attnsteer.cli.generate import file_name
 from attnsteer.errors import SteeringError
 from attnsteer.metrics.pictures.judged import request
+from attnsteer.metrics.pictures.weights import weights_of
 from attnsteer.world import sampling
 from attnsteer.world.evaluate.pictures import wishes
+from attnsteer.world.judge import Judge
 from tests.tiny import encoders
 
 Capture = pytest.CaptureFixture[str]
@@ -75,6 +77,10 @@ def test_the_judge_tells_which_objects_were_forgotten(tmp_path: Path, prompts: P
     assert found["objects"] == found["all_objects"] == found["only_objects"] == 1
     row = report["metrics"]["all_objects"]
     assert (row["images"], row["prompts"], row["seeds"]) == (6, 3, 2)
+    assert (
+        row["backbone"]["preprocessing"]["size"] == {"height": 64, "width": 64}
+        and len(row["backbone"]["weights"]) == 16
+    )
     assert row["backbone"]["checkpoint"] == "world-judge" and row["scale"] and row["better"] == "higher"
     effect = row["difference"]
     assert effect["baseline"] == pytest.approx(4 / 6) and effect["delta"] == pytest.approx(1 / 3)
@@ -282,6 +288,7 @@ def test_geneval_of_the_judge(tmp_path: Path, capsys: Capture) -> None:
     effect = report["parts"]["counting"]["differences"]["correct"]
     assert effect["delta"] == 0.5 == effect["low"] and effect["samples"] == 4
     assert report["settings"]["score"] == 0 and "judge" in report["settings"]["detector"]
+    assert report["settings"]["weights"] == weights_of(Judge.load().network)
     again = score(capsys, "geneval", "--detections", kept, "--score", 0, "--counting-score", 0)
     assert {tag: part["counts"] for tag, part in again["parts"].items()} == {
         tag: part["counts"] for tag, part in report["parts"].items()
