@@ -14,8 +14,10 @@ from attnsteer.cli import folders, main
 from attnsteer.cli.generate import file_name
 from attnsteer.errors import SteeringError
 from attnsteer.metrics.pictures.judged import request
+from attnsteer.metrics.pictures.weights import weights_of
 from attnsteer.world import sampling
 from attnsteer.world.evaluate.pictures import wishes
+from attnsteer.world.judge import Judge
 from tests.tiny import encoders
 
 Capture = pytest.CaptureFixture[str]
@@ -75,6 +77,10 @@ def test_the_judge_tells_which_objects_were_forgotten(tmp_path: Path, prompts: P
     assert found["objects"] == found["all_objects"] == found["only_objects"] == 1
     row = report["metrics"]["all_objects"]
     assert (row["images"], row["prompts"], row["seeds"]) == (6, 3, 2)
+    assert (
+        row["backbone"]["preprocessing"]["size"] == {"height": 64, "width": 64}
+        and len(row["backbone"]["weights"]) == 16
+    )
     assert row["backbone"]["checkpoint"] == "world-judge" and row["scale"] and row["better"] == "higher"
     effect = row["difference"]
     assert effect["baseline"] == pytest.approx(4 / 6) and effect["delta"] == pytest.approx(1 / 3)
@@ -204,15 +210,22 @@ def touch(folder: Path, *names: str) -> None:
         (folder / name).touch()
 
 
-def test_stories_are_sets(tmp_path: Path) -> None:
-    first, second = "a dog on grass", "a photo of 3 dogs"
-    row = "a-dog-on-grass-7-1-method-strength-0.5"
-    touch(tmp_path, "a-dog-on-grass-7.png", f"{row}-1-a-dog-on-grass.png", f"{row}-2-a-photo-of-3-dogs.png")
-    found = folders.read(tmp_path, [folders.Asked(first), folders.Asked(second)])
-    shown = {prompt: [each.shown for each in pictures] for prompt, pictures in found.pictures.items()}
-    assert [(each.seed, each.subject) for each in shown[first]] == [("7", ("a-dog-on-grass", "7"))]
-    assert [(each.seed, each.subject) for each in shown[second]] == [("8", ("a-dog-on-grass", "7"))]
-    assert not found.problems
+def test_stories_are_sets(tmp_path: Path, capsys: Capture) -> None:
+    long = "a photo of 3 dogs, which all sit side by side on a blue ground"
+    story = ["a dog on grass", long, "2 cats", ".5 of a bus"]
+    call = ["generate", "world-sd", "--num-steps", "2", "--seed", "7", "--json", "--out", "a-dog-on-grass-7.png"]
+    call[-1] = str(tmp_path / call[-1])
+    call += ["--method", "consistent-self-attention", "--param", "strength=0.5"]
+    assert main([*call, *(word for prompt in story for word in ("--prompt", prompt))]) == 0
+    written = json.loads(capsys.readouterr().out)["files"]
+    asked = [folders.Asked(prompt) for prompt in story]
+    for row, variant in enumerate(("plain", "ConsistentSelfAttention")):
+        found = folders.read(tmp_path, asked, variant)
+        pictures = [picture for prompt in story for picture in found.pictures[prompt]]
+        assert [str(each.file) for each in pictures] == written[4 * row : 4 * row + 4]
+        assert [each.shown.seed for each in pictures] == ["7", "8", "9", "10"]
+        assert {each.shown.subject for each in pictures} == {("a-dog-on-grass", "7")}
+        assert not found.problems
 
 
 def test_one_folder_a_prompt(tmp_path: Path) -> None:
@@ -275,6 +288,7 @@ def test_geneval_of_the_judge(tmp_path: Path, capsys: Capture) -> None:
     effect = report["parts"]["counting"]["differences"]["correct"]
     assert effect["delta"] == 0.5 == effect["low"] and effect["samples"] == 4
     assert report["settings"]["score"] == 0 and "judge" in report["settings"]["detector"]
+    assert report["settings"]["weights"] == weights_of(Judge.load().network)
     again = score(capsys, "geneval", "--detections", kept, "--score", 0, "--counting-score", 0)
     assert {tag: part["counts"] for tag, part in again["parts"].items()} == {
         tag: part["counts"] for tag, part in report["parts"].items()
@@ -304,3 +318,22 @@ def test_geneval_of_files(tmp_path: Path, capsys: Capture) -> None:
     assert "give one of them" in refused(capsys, *arguments, "--images", tmp_path)
     assert "go together" in refused(capsys, "geneval", "--images", tmp_path)
     assert "No line" in refused(capsys, *arguments[:3])
+
+
+def test_runs_are_compared_on_the_tags_of_both(tmp_path: Path, capsys: Capture) -> None:
+    box = {"class": "dog", "box": [0, 0, 9, 9], "score": 0.95}
+    for run, tags in (("ours", ("single_object", "counting")), ("theirs", ("single_object", "two_object"))):
+        lines = [
+            {"image": f"{tag}-{n}", "tag": tag, "prompt": tag, "include": [{"class": "dog", "count": 1}]}
+            | {"detections": [box] if n or tag == "counting" else []}
+            for tag in tags
+            for n in range(2)
+        ]
+        (tmp_path / f"{run}.json").write_text(json.dumps(lines))
+    arguments = ("geneval", "--detections", tmp_path / "ours.json", "--against", tmp_path / "theirs.json")
+    report = score(capsys, *arguments, "--strict", code=1)
+    assert report["overall"] == report["correct_images"] == report["against_overall"] == 0.5
+    assert set(report["parts"]) == {"single_object", "counting"} and "differences" not in report["parts"]["counting"]
+    assert [problem.split()[2] for problem in report["problems"]] == ["counting", "two_object"]
+    (tmp_path / "theirs.json").write_text(json.dumps(lines[2:]))
+    assert "no tag in common" in refused(capsys, *arguments)

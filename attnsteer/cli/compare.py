@@ -69,7 +69,7 @@ def add(subparsers: Any) -> None:
     add("--draws", type=positive, default=10_000, help="samples of the bootstrap (default: 10000)")
     add("--verify-batch", type=positive, metavar="K", help="ask K samples of each task again, alone: how many change")
     add("--no-maps", action="store_true", help="no heat maps of where the plain model looks in the report's examples")
-    merge = "ask nothing: write the report of all answers in --output, without the model and with the settings of there"
+    merge = "ask nothing: write the report of the comparison started last in --output, of the answers that are there"
     add("--merge", action="store_true", help=merge)
     add("--output", default="outputs/compare", metavar="DIR", help="for answers and report (default: outputs/compare)")
     group = parser.add_argument_group("real pictures")
@@ -108,10 +108,9 @@ def run(given: argparse.Namespace) -> int:
         if missing > len(errors) and count > 1:
             print(f"process {rank} is done; others have {missing} answers left", file=sys.stderr)
             return 1 if errors else 0
-        found = results(comparison, given.model, given.seed, given.draws)
         if given.verify_batch:
-            sizes = {task.name: min(given.verify_batch, len(task.samples)) for task in wanted}
-            found["verified"] = {**comparison.verify(given.verify_batch, given.seed), "samples": sizes}
+            comparison.verify(given.verify_batch, given.seed)
+        found = results(comparison, given.model, given.seed, given.draws)
         looks = None if given.no_maps else Looks(folder, comparison.answerer)
         files = report.write(comparison, found, folder, looks)
     finally:
@@ -123,12 +122,16 @@ def run(given: argparse.Namespace) -> int:
 def merged(given: argparse.Namespace) -> int:
     """Write the report of what all processes have answered so far; asks nothing, and gives the same files every time.
 
+    Methods, tasks and settings are those of the comparison that was started last in the folder.
+
     Raises:
-        SteeringError: no comparison was started there, or arguments that are not those that it was started with.
+        SteeringError: no comparison was started there, or arguments that it was not started with.
     """
     from ..compare import Answers, Looks, Recorded, report
     from ..compare.results import results
 
+    if given.verify_batch:
+        raise SteeringError("--merge asks nothing, so that it cannot take --verify-batch: leave one of them out.")
     folder = Path(given.output)
     arguments, runs = report.planned(folder)
     for name in PLANNED:

@@ -3,7 +3,7 @@ GenEval's.
 
     a-dog-and-a-cat-0.png                               generate, one picture; seed 0
     a-dog-and-a-cat-0-1-strength-0.5-seed-3.png         generate, several variants and seeds
-    a-dog-0-1-consistentselfattention-2-a-cat.png       generate, the second picture of a story
+    a-dog-0-1-consistentselfattention-2--a-cat.png      generate, the second picture of a story
     a dog and a cat/3.png                               one folder a prompt, named by it
     00042/metadata.jsonl, 00042/samples/0003.png        GenEval
 """
@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..errors import SteeringError
 from ..metrics import files
 from ..metrics.pictures.measures import Shown
 from .generate import file_name
-from .several import slug
+from .several import slug, title
 
 
 @dataclass(frozen=True)
@@ -152,24 +153,16 @@ def _named(folder: Path, asked: Sequence[Asked], variant: str | None) -> Folder:
 
 def _flat(pictures: Sequence[Path], known: dict[str, Asked], problems: list[str]) -> list[Found]:
     """Pictures by the names that ``generate`` gives them; sheets are left out."""
-    labels = _by(slug, list(known.values()))
-    pattern = rf"(\d+)-\d+-(.+)-(?:seed-(\d+)|(\d+)-({'|'.join(map(re.escape, labels))}))"
+    titles = _titles(list(known.values()))
     found, sheets, rest = [], set(), []
     for file in pictures:
         for name in known:
-            tail = file.stem.removeprefix(f"{name}-")
-            several = re.fullmatch(pattern, tail)
-            if tail == file.stem or not several:
-                continue
-            first, variant, seed, number, label = several.groups()
-            sheets.add(f"{name}-{first}")
-            if seed:
-                shown = _shown(known[name].prompt, seed, known[name].subject)
-            else:
-                mine = labels[label]
-                shown = Shown(mine.prompt, str(int(first) + int(number) - 1), (mine.subject or name, first))
-            found.append(Found(shown, file, variant))
-            break
+            tail = re.fullmatch(rf"{re.escape(name)}-((\d+)-\d+-.+)", file.stem)
+            picture = _several(file, tail[1], name, known[name], titles) if tail else None
+            if tail and picture:
+                sheets.add(f"{name}-{tail[2]}")
+                found.append(picture)
+                break
         else:
             rest.append(file)
     for file in rest:
@@ -181,6 +174,25 @@ def _flat(pictures: Sequence[Path], known: dict[str, Asked], problems: list[str]
         else:
             problems.append(f"{file}: belongs to none of the prompts")
     return found
+
+
+def _several(file: Path, tail: str, name: str, asked: Asked, titles: Callable[[int], dict[str, Asked]]) -> Found | None:
+    """The picture whose file says behind its prompt: seed, number and name of a variant, and a seed or a title."""
+    seed = re.fullmatch(r"\d+-\d+-(.+)-seed-(\d+)", tail)
+    if seed:
+        return Found(_shown(asked.prompt, seed[2], asked.subject), file, seed[1])
+    for place in re.finditer(r"-(\d+)(?=-|$)", tail):
+        variant = re.fullmatch(r"(\d+)-\d+-(.+)", tail[: place.start()])
+        mine = titles(int(place[1])).get(tail[place.start(1) :]) if variant else None
+        if variant and mine:
+            own = str(int(variant[1]) + int(place[1]) - 1)
+            return Found(Shown(mine.prompt, own, (mine.subject or name, variant[1])), file, variant[2])
+    return None
+
+
+def _titles(asked: Sequence[Asked]) -> Callable[[int], dict[str, Asked]]:
+    """By its number in a story, the prompts by what names their pictures."""
+    return cache(lambda number: _by(lambda prompt: slug(title(number, prompt)), asked))
 
 
 def _by(name: Callable[[str], str], asked: Sequence[Asked]) -> dict[str, Asked]:

@@ -14,6 +14,8 @@ from .options import finite
 if TYPE_CHECKING:
     from ..metrics.files import Rows
     from ..metrics.pictures.geneval import Rules
+    from ..metrics.pictures.geneval_files import Table
+    from ..world.judge import Judge
 
 EMBEDDED = "the embedded one"
 """Instead of a judge's folder."""
@@ -51,7 +53,7 @@ def add_judge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judge", nargs="?", const=EMBEDDED, metavar="DIR", help=help)
 
 
-def load_judge(given: argparse.Namespace) -> Any:
+def load_judge(given: argparse.Namespace) -> Judge:
     """The judge of ``--judge``."""
     from ..world.judge import Judge
     from .models import placement
@@ -63,6 +65,7 @@ def load_judge(given: argparse.Namespace) -> Any:
 def run(given: argparse.Namespace) -> int:
     from ..metrics import files
     from ..metrics.pictures import geneval_files
+    from ..metrics.pictures.weights import weights_of
 
     if bool(given.detections) == bool(given.images):
         raise SteeringError("Detections come from --detections, or from --images with --judge: give one of them.")
@@ -74,20 +77,39 @@ def run(given: argparse.Namespace) -> int:
     if given.metadata:
         lines = files.rows(given.metadata)
         prompts, problems = geneval_files.requests(lines), lines.problems
-    rows, theirs = (_rows(given, path) if path else None for path in (given.detections or given.images, given.against))
-    assert rows is not None
+    judge = load_judge(given) if given.judge else None
+    rows = _rows(judge, given.detections or given.images)
+    theirs = _rows(judge, given.against) if given.against else None
     if given.write_detections:
         text = "".join(json.dumps(row) + "\n" for _, row in rows)
         Path(given.write_detections).write_text(text, encoding="utf-8")
     parts = geneval_files.score(rows, prompts, rules)
     others = geneval_files.score(theirs, prompts, rules) if theirs else None
-    extra = geneval_files.totals(parts)
+    ours = parts
+    if others:
+        ours, others, single = _common(parts, others)
+        problems += single
+    extra = geneval_files.totals(ours)
     if others:
         extra |= {f"against_{name}": value for name, value in geneval_files.totals(others).items()}
-        others = {tag: part for tag, part in others.items() if tag in parts}
-    detector = f"the small world's judge, {given.judge}" if given.judge else "given"
-    settings = {"detector": detector, "score": rules.score, "counting_score": rules.counting, "overlap": rules.overlap}
+    settings: dict[str, Any] = {"detector": f"the small world's judge, {given.judge}" if judge else "given"}
+    settings |= {"weights": weights_of(judge.network)} if judge else {}
+    settings |= {"score": rules.score, "counting_score": rules.counting, "overlap": rules.overlap}
     return tables.report(given, settings, parts, others, extra, problems)
+
+
+def _common(ours: Table, theirs: Table) -> tuple[Table, Table, list[str]]:
+    """What both runs have scores of, and the problem that one of them has more.
+
+    Raises:
+        SteeringError: they have no tag in common.
+    """
+    both = [tag for tag in ours if tag in theirs]
+    if not both:
+        raise SteeringError("The two runs have no tag in common: compare pictures of the same prompts.")
+    single = [tag for tag in (*ours, *theirs) if tag not in both]
+    problems = [f"the tag {tag} has scores in one of the two runs only: the totals leave it out" for tag in single]
+    return {tag: ours[tag] for tag in both}, {tag: theirs[tag] for tag in both}, problems
 
 
 def _rules(given: argparse.Namespace) -> Rules:
@@ -100,7 +122,7 @@ def _rules(given: argparse.Namespace) -> Rules:
     return Rules(score, counting, overlap=given.overlap)
 
 
-def _rows(given: argparse.Namespace, path: str) -> Rows:
+def _rows(judge: Judge | None, path: str) -> Rows:
     """Lines of detections from a file, or of the judge from a folder."""
     from ..metrics import files
     from ..metrics.pictures.geneval_files import line
@@ -108,9 +130,9 @@ def _rows(given: argparse.Namespace, path: str) -> Rows:
     from .folders import read
     from .generate import load_picture
 
-    if not given.images:
+    if judge is None:
         return files.rows(path)
-    judge, folder, found = load_judge(given), read(Path(path), None), files.Rows(path)
+    folder, found = read(Path(path), None), files.Rows(path)
     found.problems += folder.problems
     for pictures in folder.pictures.values():
         seen = detections(judge, [load_picture(str(each.file)) for each in pictures])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from . import tables
 from .score_geneval import EMBEDDED, add_judge, load_judge
 
 if TYPE_CHECKING:
-    from ..metrics.pictures.measures import Changed, Measure, Metric, Shown
+    from ..metrics.pictures.measures import Measure, Metric, Shown
     from .folders import Folder, Found
 
 NEEDED = {
@@ -68,8 +68,8 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     add("--pickscore", metavar="MODEL", help="PickScore v1, e.g. yuvalkirstain/PickScore_v1")
     add("--hps", metavar="MODEL", help="HPS v2 or v2.1 in the format of transformers' CLIP")
     add("--aesthetic", nargs=2, metavar=("CLIP", "HEAD"), help="LAION's aesthetic predictor on CLIP ViT-L/14")
-    literal = "templates and parts of prompts to the letter as Attend-and-Excite's code makes them"
-    add("--literal", action="store_true", help=f"{literal} (differs for words such as apple and zebra)")
+    literal = "to the letter as Attend-and-Excite's code: its templates (other ones for words such as apple and zebra)"
+    add("--literal", action="store_true", help=f"{literal}, the first two parts of a prompt, none without parts")
     add_judge(parser)
 
 
@@ -107,11 +107,13 @@ def _check(given: argparse.Namespace) -> None:
 
 def _why(name: str) -> str:
     """Why a metric has no value although its model is there."""
+    from ..metrics.pictures.measures import TEMPLATED
+
     if name.endswith("_subject"):
         return "needs --masks, and sets of two pictures"
     if name.endswith("_diversity"):
         return "needs two pictures of a prompt"
-    return "no prompt is of that kind" if name in ("minimum_object", *NEEDED["judge"]) else "needs sets of two pictures"
+    return "no prompt is of that kind" if name in (*TEMPLATED, *NEEDED["judge"]) else "needs sets of two pictures"
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -126,8 +128,8 @@ def _measures(given: argparse.Namespace, lpips: Any) -> list[Measure]:
     from ..metrics.pictures import pixels
     from ..metrics.pictures.encoders import Encoders
     from ..metrics.pictures.extractors import Captioner, Dino
+    from ..metrics.pictures.judged import described
     from ..metrics.pictures.measures import Alike, Clip, Distances, Present
-    from ..metrics.pictures.weights import weights_of
     from .models import placement
 
     place, _ = placement(given.device, given.dtype)
@@ -144,7 +146,7 @@ def _measures(given: argparse.Namespace, lpips: Any) -> list[Measure]:
     if given.judge:
         judge = load_judge(given)
         name = "world-judge" if given.judge == EMBEDDED else given.judge
-        found.append(Present(judge, {"checkpoint": name, "weights": weights_of(judge.network), "dtype": "float32"}))
+        found.append(Present(judge, described(judge, name)))
     return found
 
 
@@ -202,30 +204,24 @@ def _changes(ours: Folder, theirs: Folder, lpips: Any, problems: list[str]) -> d
     from ..metrics.pictures.measures import Changed
     from .generate import load_picture
 
-    changed: Changed = Changed(lpips)
-    single = 0
-    for mine, other in _pairs(ours, theirs):
-        if mine is None or other is None:
-            single += 1
-            continue
+    mine, others = _by_seed(ours), _by_seed(theirs)
+    changed = Changed(lambda shown: load_picture(str(others[shown.prompt, shown.seed].file)), lpips)
+    both = [key for key in mine if key in others]
+    if not both:
+        raise SteeringError("The two runs have no prompt and seed in common: compare pictures of the same ones.")
+    for key in both:
         try:
-            changed.look([mine.shown], [load_picture(str(mine.file))], [load_picture(str(other.file))])
+            changed.look([mine[key].shown], [load_picture(str(mine[key].file))])
         except ValueError as error:
-            raise SteeringError(f"{mine.file} and {other.file}: {error}") from error
+            raise SteeringError(f"{mine[key].file} and {others[key].file}: {error}") from error
+    single = len(mine) + len(others) - 2 * len(both)
     if single:
         problems.append(f"{single} pictures are in one of the two runs only, and not compared")
-    found = {metric.name: metric for metric in changed.metrics()}
-    if not found:
-        raise SteeringError("The two runs have no prompt and seed in common: compare pictures of the same ones.")
-    return found
+    return {metric.name: metric for metric in changed.metrics()}
 
 
-def _pairs(ours: Folder, theirs: Folder) -> Iterator[tuple[Found | None, Found | None]]:
-    mine, other = (
-        {(each.shown.prompt, each.shown.seed): each for pictures in folder.pictures.values() for each in pictures}
-        for folder in (ours, theirs)
-    )
-    return ((mine.get(key), other.get(key)) for key in dict.fromkeys([*mine, *other]))
+def _by_seed(folder: Folder) -> dict[tuple[str, str], Found]:
+    return {(each.shown.prompt, each.shown.seed): each for pictures in folder.pictures.values() for each in pictures}
 
 
 # ---- report ----------------------------------------------------------------------------------------------------------

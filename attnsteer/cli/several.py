@@ -189,7 +189,12 @@ def _stories(given: argparse.Namespace, pipe: Any, tried: Sequence[Variant], cal
             output = pipe(prompt=list(given.prompt), **call)
         images = output.images if hasattr(output, "images") else output.frames
         for number, (prompt, image) in enumerate(zip(given.prompt, images, strict=True), start=1):
-            yield Shot(variant, f"{number}. {prompt}", image)
+            yield Shot(variant, title(number, prompt), image)
+
+
+def title(number: int, prompt: str) -> str:
+    """What tells a picture of a story from the others; the first is 1."""
+    return f"{number}. {prompt}"
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -128,8 +128,11 @@ def _model_class() -> type[Any]:
             method: as in ``attnsteer compare --method``.
             device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...; of several processes each has the GPU of its local rank.
             dtype: ``"auto"``, ``"float32"``, ``"float16"`` or ``"bfloat16"``.
-            batch_size: questions at once.
+            batch_size: questions at once; a number, as nothing here looks for the largest that fits.
             max_batch_size: given by lmms-eval; not used.
+
+        Raises:
+            SteeringError: a batch size that is none, or a model or method that cannot be had.
         """
 
         is_simple = True
@@ -148,6 +151,8 @@ def _model_class() -> type[Any]:
             from .answering import Answerer
 
             super().__init__()
+            if not str(batch_size).isdecimal() or int(batch_size) < 1:
+                raise SteeringError(f"batch_size {batch_size!r} is no number of questions: give a whole number from 1.")
             self.method, self.batch_size = parsed(method.strip("'\""), pretrained), int(batch_size)
             model, processor = models.load(pretrained, local_device(device), dtype)
             if processor is None:

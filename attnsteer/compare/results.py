@@ -18,6 +18,7 @@ from .methods import Method, plain
 from .samples import Sample
 from .store import Entry
 from .tasks import Task
+from .verified import verified
 
 DRAWS, LEVEL = 10_000, 0.95
 ALL = "all"
@@ -29,11 +30,14 @@ Results = dict[str, Any]
 def results(comparison: Answered, model: str, seed: int = 0, draws: int = DRAWS) -> Results:
     """Everything that the report shows, as JSON values. The same answers and seed give the same values.
 
+    Under "verified", where answers were asked for again, how many change (``verified``).
+
     Args:
         model: its name in the report.
         seed: of the bootstrap.
         draws: of the bootstrap.
     """
+    again = verified(comparison)
     return {
         "model": model,
         "seed": seed,
@@ -44,6 +48,7 @@ def results(comparison: Answered, model: str, seed: int = 0, draws: int = DRAWS)
             for m in comparison.methods
         ],
         "tasks": {task.name: _task(comparison, task, seed, draws) for task in comparison.tasks},
+        **({"verified": again} if again else {}),
     }
 
 

@@ -13,6 +13,7 @@ from .methods import Method
 from .samples import Sample
 from .store import Answers, Entry
 from .tasks import Task
+from .verified import keep, verified
 
 Progress = Callable[[str, int, int], None]
 """``(task, answers there, answers wanted)``, whenever some are there."""
@@ -76,18 +77,17 @@ class Comparison(Answered):
     def verify(self, number: int, seed: int = 0) -> dict[str, dict[str, int]]:
         """Ask some samples of each task again, each alone: how often another answer comes by task and method.
 
-        Rounding depends on the shapes of a batch, and where two words are almost equally likely it decides.
+        What is said is kept beside the answers, for this report and later ones (``verified``).
         """
-        flips: dict[str, dict[str, int]] = {}
+        said = {}
         for task in self.tasks:
-            chosen = random.Random(seed).sample(list(task.samples), min(number, len(task.samples)))
-            flips[task.name] = {}
-            for method in self.methods:
-                alone = [self.answerer([sample], [method], task.max_new_tokens)[0][0].text for sample in chosen]
-                known = [self.answers.answers.get(self.key(task, sample, method)) for sample in chosen]
-                pairs = [(a, entry["output"]) for a, entry in zip(alone, known, strict=True) if entry is not None]
-                flips[task.name][method.label] = sum(a != b for a, b in pairs)
-        return flips
+            for sample in random.Random(seed).sample(list(task.samples), min(number, len(task.samples))):
+                for method in self.methods:
+                    ((answer,),) = self.answerer([sample], [method], task.max_new_tokens)
+                    said[self.key(task, sample, method)] = answer.text
+        keep(self.answers.folder, said)
+        found = verified(self)
+        return {task.name: found.get(task.name, {}) for task in self.tasks}
 
     def _lacking(self, task: Task, methods: Sequence[Method], samples: Sequence[Sample]) -> list[Method]:
         """Methods without an answer to one of the samples."""

@@ -105,8 +105,28 @@ def test_merging_writes_the_report_of_what_is_there_and_asks_nothing(
         capsys.readouterr()
         assert run("--merge", "--output", out, "--limit", 2) == 2
         assert "--limit is 3 in" in capsys.readouterr().err
+        assert run("--merge", "--output", out, "--verify-batch", 1) == 2
+        assert "cannot take --verify-batch" in capsys.readouterr().err
         assert run("--merge", "--output", tmp_path / "nowhere") == 2
         assert "no comparison was started there" in capsys.readouterr().err
+
+
+def test_what_was_asked_again_is_known_to_later_reports(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["--model", model, "--limit", 2, "--tasks", "chair", "--max-new-tokens", 3, "--draws", 100, "--no-maps"]
+    assert run(*command, "--method", "vhr", "--output", out, "--verify-batch", 2) == 0
+    whole = {file.name: file.read_bytes() for file in out.iterdir()}
+    assert "when asked alone and not in a batch: 0 of 2 (baseline), 0 of 2 (vhr)" in whole["table.md"].decode()
+    assert run("--merge", "--no-maps", "--output", out) == 0
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == whole
+    assert run(*command, "--method", "vhr", "--method", "vhr:alpha=3", "--output", out) == 0
+    assert ": 0 of 2 (baseline), 0 of 2 (vhr)." in (out / "table.md").read_text()
+    (out / "verified.json").write_text("[1]")
+    capsys.readouterr()
+    assert run("--merge", "--output", out) == 2
+    assert "verified.json is not what --verify-batch writes" in capsys.readouterr().err
 
 
 def test_real_pictures_by_the_same_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -172,3 +172,6 @@ def test_what_it_cannot_answer_is_refused() -> None:
         made.generate_until_multi_round([])
     with pytest.raises(SteeringError, match="Layer 99 does not exist"):
         model(method="vhr:layers=99")
+    for size in ("auto", "auto:4", "0", 0, -1):
+        with pytest.raises(SteeringError, match=f"batch_size '?{size}'? is no number of questions"):
+            model(batch_size=size)

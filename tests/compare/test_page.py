@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from attnsteer.compare import results
+from attnsteer.compare import looks, results
 from attnsteer.compare import tasks as kinds
-from attnsteer.compare.examples import chosen, highlighted
+from attnsteer.compare.examples import EXAMPLES, HEAT_SIDE, chosen, highlighted
 from attnsteer.compare.report import write
 
 from .common import Parrot, comparison, tasks
@@ -33,12 +33,19 @@ OFFLINE = (
 )
 
 
+def look(_: Any, __: Any, entry: Any, place: tuple[int, int]) -> looks.Look:
+    """A map of two hot corners, whatever is said."""
+    return looks.Look(entry["output"][slice(*place)], ((255, 0), (0, 255)), (0, 0, 64, 64), 0.25)
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     made = comparison(folder, by=Parrot(), tasks=tasks(15), batch_size=5)
     made.run()
-    write(made, results(made, "<b>model & co", draws=200), folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(looks, "_made", look)
+        write(made, results(made, "<b>model & co", draws=200), folder, looks.Looks(folder, made.answerer))
     made.answers.close()
     return folder / "report.html"
 
@@ -116,17 +123,58 @@ def test_examples_are_those_on_which_methods_differ() -> None:
     assert chosen(answers) == ["counts", "words", "same"]
 
 
-def test_a_browser_shows_the_page(page: Path, tmp_path: Path) -> None:
-    browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if browser is None:
+def browser(page: Path, folder: Path, *options: str) -> bytes:
+    """What Chromium prints about the page."""
+    there = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if there is None:
         pytest.skip("no Chromium here (Debian package chromium)")
-    shot = tmp_path / "shot.png"
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1280,2400"]
-    options += [*OFFLINE, f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shot}"]
-    subprocess.run([browser, *options, page.as_uri()], check=True, capture_output=True, timeout=120)
+    always = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--force-color-profile=srgb",
+        *OFFLINE,
+    ]
+    always.append(f"--user-data-dir={folder / 'profile'}")
+    return subprocess.run(
+        [there, *always, *options, page.as_uri()], check=True, capture_output=True, timeout=120
+    ).stdout
+
+
+def pixels(page: Path, folder: Path, height: int) -> Any:
+    shot = folder / "shot.png"
+    browser(page, folder, f"--window-size=1280,{height}", f"--screenshot={shot}")
     seen = np.asarray(Image.open(shot).convert("RGB"))
-    assert seen.shape == (2400, 1280, 3)
+    assert seen.shape == (height, 1280, 3)
+    return seen
+
+
+def test_a_browser_shows_the_page(page: Path, tmp_path: Path) -> None:
+    seen = pixels(page, tmp_path, 2400)
     colours = {tuple(int(c) for c in colour) for colour in seen.reshape(-1, 3)[::7]}
     assert (255, 255, 255) in colours
     assert len(colours) > 200, "pictures and plots are there"
     assert (seen.min(axis=(1, 2)) < 128).mean() > 0.2, "text all the way down"
+
+
+def test_a_browser_finds_a_heat_map_beside_every_picture(page: Path, tmp_path: Path) -> None:
+    dom = browser(page, tmp_path, "--dump-dom").decode()
+    shown = dom.split('<div class="example">')[1:]
+    assert len(shown) == 2 * EXAMPLES and "Heat: where baseline looks" in dom
+    for example in shown:
+        picture, heat = re.findall("<figure>(.*?)</figure>", example)
+        assert "figcaption" not in picture
+        said = re.fullmatch(
+            r'<img alt="heat map of (.+)" src="data:.+"><figcaption>“(.+)”, 25.0 % of .+</figcaption>', heat
+        )
+        assert said and said[1] == said[2]
+
+
+def test_a_browser_paints_the_heat_maps(page: Path, tmp_path: Path) -> None:
+    (first, *_) = re.findall(r'<img alt="heat map of [^"]+" src="[^,]+,([^"]+)"', page.read_text(encoding="utf-8"))
+    heat = np.asarray(Image.open(io.BytesIO(base64.b64decode(first))).convert("RGB"))
+    assert max(heat.shape) == HEAT_SIDE
+    wanted = set(map(tuple, heat.reshape(-1, 3).tolist()))
+    seen = set(map(tuple, pixels(page, tmp_path, 6000).reshape(-1, 3).tolist()))
+    assert len(wanted) > 200 and wanted <= seen

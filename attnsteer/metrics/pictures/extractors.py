@@ -151,7 +151,8 @@ class Lpips:
 
     @property
     def described(self) -> dict[str, Any]:
-        return {"checkpoint": f"lpips {self.net}", "weights": weights_of(self._model), "dtype": "float32"}
+        found = {"checkpoint": f"lpips {self.net}", "weights": weights_of(self._model), "dtype": "float32"}
+        return {**found, "preprocessing": {"do_resize": False, "range": "-1..1"}}
 
     @torch.no_grad()
     def __call__(self, one: Image.Image, other: Image.Image) -> float:

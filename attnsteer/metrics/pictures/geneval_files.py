@@ -36,6 +36,9 @@ def requests(given: Rows) -> list[dict[str, Any] | None]:
 def score(given: Rows, prompts: Sequence[Mapping[str, Any] | None] = (), rules: Rules | None = None) -> Table:
     """The scores by tag, of pictures with detections.
 
+    A tag is left out where the detections of one of its pictures lack a colour or frame that is asked for: the pictures
+    that are left would be those in which the object itself is missing.
+
     Args:
         prompts: of ``requests``, for lines without a request of their own.
         rules: what counts as an object.
@@ -44,16 +47,24 @@ def score(given: Rows, prompts: Sequence[Mapping[str, Any] | None] = (), rules: 
         SteeringError: no line can be used.
     """
     there: set[str] = set()
+    unseen: dict[str, str] = {}
 
     def one(row: dict[str, Any]) -> dict[str, Any]:
         name = string(row, PICTURE)
         if name in there:
             raise LineError(f"picture {name} is there already")
-        record = verdict(name, _request(row, name, prompts), detections(row), rules)
+        request, found = _request(row, name, prompts), detections(row)
+        try:
+            record = verdict(name, request, found, rules)
+        except UnseenError as error:
+            unseen.setdefault(request["tag"], str(error))
+            raise LineError(str(error)) from error
         there.add(name)
         return record
 
-    records = [record for _, record in each(given, one)]
+    records = [record for _, record in each(given, one) if record["tag"] not in unseen]
+    left_out = [f"the tag {tag} is left out: one of its pictures {why}" for tag, why in unseen.items()]
+    given.problems[:0] = [f"{given.path}: {problem}" for problem in left_out]
     if not records:
         raise nothing(given)
     return tables(records, given.problems)
@@ -65,12 +76,9 @@ def verdict(
     """The record of one picture.
 
     Raises:
-        LineError: what is asked for cannot be seen in these detections.
+        UnseenError: what is asked for cannot be seen in these detections.
     """
-    try:
-        given = judge(request, found, rules)
-    except UnseenError as error:
-        raise LineError(str(error)) from error
+    given = judge(request, found, rules)
     said = {"image": name, "tag": request["tag"], "prompt": request["prompt"]}
     return {**said, "correct": given.correct, "reasons": list(given.reasons)}
 

@@ -54,6 +54,20 @@ def detections(judge: Judge, pictures: Sequence[Image.Image], batch: int = 64) -
     return found
 
 
+def described(judge: Judge, checkpoint: str) -> dict[str, Any]:
+    """What a report says about a judge.
+
+    Args:
+        checkpoint: its name, or where it is.
+    """
+    from ...world.judge import SIZE
+    from .weights import weights_of
+
+    ready = {"size": {"height": SIZE, "width": SIZE}, "resample": "bicubic", "range": "-1..1"}
+    found = {"checkpoint": checkpoint, "weights": weights_of(judge.network), "dtype": "float32"}
+    return {**found, "preprocessing": ready}
+
+
 @dataclass(frozen=True)
 class Presence:
     """objects: the share of the named categories that are seen; all: whether every one is; only: and no other."""

@@ -27,6 +27,9 @@ from .templates import filled, parts
 CHUNK = 16
 """Pictures that an encoder gets at once."""
 
+TEMPLATED = ("full_prompt", "minimum_object", "text_text")
+"""What Attend-and-Excite's evaluation measures, on prompts with parts."""
+
 Key = tuple[str, str]
 
 
@@ -152,7 +155,8 @@ class Clip(Alike):
     Args:
         encoder: also has ``encode(texts) -> (n, width)``.
         captions: has ``captions(pictures) -> [text, ...]`` and ``described``; without it no text-text similarity.
-        literal: templates and parts of prompts as in the code of Attend-and-Excite's authors (see ``templates``).
+        literal: templates and parts of prompts as in the code of Attend-and-Excite's authors (see ``templates``), which
+            skips prompts without parts: they have no full-prompt and no text-text similarity either.
     """
 
     def __init__(self, encoder: Any, captions: Any = None, literal: bool = False, noise: int = 0):
@@ -178,13 +182,15 @@ class Clip(Alike):
         found = {
             "clip_cosine": agreement.cosine(rows, plain),
             "clip_score": agreement.clip_score(rows, prefixed),
-            "full_prompt": agreement.cosine(rows, self.phrase(prompt)),
         }
         named = parts(prompt, self.literal)
         self._named[prompt] = len(named)
+        templates = bool(named) or not self.literal
+        if templates:
+            found["full_prompt"] = agreement.cosine(rows, self.phrase(prompt))
         if named:
             found["minimum_object"] = agreement.minimum_object(rows, np.stack([self.phrase(part) for part in named]))
-        if self.captions is not None:
+        if templates and self.captions is not None:
             said = [text for some in _chunks(pictures) for text in self.captions.captions(some)]
             told = np.concatenate([as_rows(self.encoder.encode(some)) for some in _chunks(said)])
             found["text_text"] = agreement.cosine(told, self.phrase(prompt))
@@ -201,7 +207,8 @@ class Clip(Alike):
         whole, many = (sum(test(n) for n in self._named.values()) for test in (lambda n: n == 0, lambda n: n > 2))
         said = {f'{whole} prompts have neither " and " nor " with "': whole}
         said[f"{many} prompts have more than two parts, and all count"] = many
-        self.notes = [f"minimum_object: {note}" for note, count in said.items() if count]
+        about = ", ".join(name for name in TEMPLATED if self.literal and name in self._metrics) or "minimum_object"
+        self.notes = [f"{about}: {note}" for note, count in said.items() if count]
         return super().metrics()
 
 
@@ -269,14 +276,15 @@ class Present(Measure):
         return super().metrics()
 
 
-class Changed:
+class Changed(Measure):
     """How far pictures are from those of another run, at the same prompt and seed.
 
     Args:
+        baseline: the other run's picture of the same prompt and seed.
         distance: a further distance, such as LPIPS, with ``described``.
     """
 
-    def __init__(self, distance: Any = None):
+    def __init__(self, baseline: Callable[[Shown], Image.Image], distance: Any = None):
         metrics = [
             Metric("identical", "share of pictures that are equal pixel by pixel", ""),
             Metric("rms", "RMS distance to the baseline, pixels in 0..1", ""),
@@ -285,15 +293,17 @@ class Changed:
         ]
         if distance is not None:
             metrics.append(Metric("lpips", "LPIPS to the baseline", "", distance.described))
-        self._metrics, self.distance = {metric.name: metric for metric in metrics}, distance
+        super().__init__(metrics)
+        self.baseline, self.distance = baseline, distance
 
-    def look(self, shown: Sequence[Shown], pictures: Sequence[Image.Image], others: Sequence[Image.Image]) -> None:
-        """Pictures and those of the other run.
+    def look(self, shown: Sequence[Shown], pictures: Sequence[Image.Image]) -> None:
+        """Measure all pictures of one prompt.
 
         Raises:
-            ValueError: they have different sizes.
+            ValueError: a picture and the other run's have different sizes.
         """
-        for one, ours, theirs in zip(shown, pictures, others, strict=True):
+        for one, ours in zip(shown, pictures, strict=True):
+            theirs = self.baseline(one)
             apart = pixels.rms(ours, theirs)
             found = {"identical": float(apart == 0), "rms": apart, "ssim": pixels.ssim(ours, theirs)}
             if apart:
@@ -302,9 +312,6 @@ class Changed:
                 found["lpips"] = self.distance(ours, theirs)
             for name, value in found.items():
                 self._metrics[name].add_each([one], [value])
-
-    def metrics(self) -> list[Metric]:
-        return [metric for metric in self._metrics.values() if metric.values]
 
 
 # ---- chunks ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,8 @@
-"""Which weights: a hash of a model, so that scores of another one are never taken for its own."""
+"""Which weights: a fingerprint of a model, so that scores of another one are not taken for its own.
+
+It reads about 16 values of each tensor and not all: fast for large models, and models that were trained differently
+differ in it; but weights that were changed in other places alone keep theirs.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,11 @@ import torch
 
 
 def weights_of(model: torch.nn.Module, samples: int = 16) -> str:
-    """A hash of class, configuration, and all tensors: names, shapes, types, some values; and of adapters' scales."""
+    """A hash of class, configuration, and all tensors: names, shapes, types, some values; and of adapters' scales.
+
+    Args:
+        samples: about so many values of each tensor, evenly spaced.
+    """
     digest = hashlib.sha256(f"{type(model).__name__} {plain_config(getattr(model, 'config', {}))}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

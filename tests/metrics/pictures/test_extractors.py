@@ -98,6 +98,7 @@ def test_lpips_gets_pictures_in_its_range(monkeypatch: pytest.MonkeyPatch) -> No
     assert distance(mixed, mixed) == 0 and distance._model.ends == (-1.0, 1.0)
     assert distance(Image.new("RGB", (6, 8)), Image.new("RGB", (6, 8), (51, 51, 51))) == pytest.approx(0.4)
     assert distance._model.net == "vgg" and distance.described["checkpoint"] == "lpips vgg"
+    assert distance.described["preprocessing"] == {"do_resize": False, "range": "-1..1"}
 
 
 def test_without_the_package_lpips_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,18 @@ import pytest
 from PIL import Image
 
 from attnsteer.metrics.pictures import pixels, summary
-from attnsteer.metrics.pictures.measures import CHUNK, Alike, Changed, Clip, Distances, Each, Metric, Present, Shown
+from attnsteer.metrics.pictures.measures import (
+    CHUNK,
+    Alike,
+    Changed,
+    Clip,
+    Distances,
+    Each,
+    Measure,
+    Metric,
+    Present,
+    Shown,
+)
 from attnsteer.metrics.pictures.sets import on_noise
 from attnsteer.metrics.pictures.templates import TEMPLATES
 from attnsteer.world import sampling
@@ -100,6 +111,17 @@ def test_prompts_without_parts_are_left_out_and_counted() -> None:
         "minimum_object: 1 prompts have more than two parts, and all count",
     ]
     assert "text_text" not in found
+
+
+def test_to_the_letter_prompts_without_parts_are_skipped() -> None:
+    measure = Clip(Encoder(), Said(), literal=True)
+    for prompt in ("a cat", "a cat and a dog"):
+        measure.look([Shown(prompt, "0")], [picture(1)])
+    found = by_name(measure)
+    for name in ("full_prompt", "minimum_object", "text_text"):
+        assert list(found[name].values) == [("a cat and a dog", "0")]
+    assert len(found["clip_cosine"].values) == len(found["clip_score"].values) == 2
+    assert measure.notes == ['full_prompt, minimum_object, text_text: 1 prompts have neither " and " nor " with "']
 
 
 def test_the_length_of_embeddings_changes_nothing() -> None:
@@ -199,16 +221,17 @@ def test_the_judge_sees_which_objects_are_there() -> None:
 
 
 def test_the_size_of_a_change() -> None:
-    changed = Changed()
     dark, light = plain((10, 20, 30)), plain((61, 71, 81))
-    changed.look([Shown("p", "0"), Shown("p", "1")], [dark, light], [dark, dark])
+    changed = Changed(lambda shown: dark)
+    assert isinstance(changed, Measure) and changed.without == ["identical", "rms", "psnr", "ssim"]
+    changed.look([Shown("p", "0"), Shown("p", "1")], [dark, light])
     found = by_name(changed)
     assert found["identical"].values == {("p", "0"): 1, ("p", "1"): 0}
     assert found["rms"].values == pytest.approx({("p", "0"): 0, ("p", "1"): 0.2})
     assert found["psnr"].values == pytest.approx({("p", "1"): 10 * math.log10(25)})
     assert found["ssim"].values["p", "0"] == 1
-    same = Changed()
-    same.look([Shown("p", "0")], [dark], [dark])
+    same = Changed(lambda shown: {"0": dark, "1": light}[shown.seed])
+    same.look([Shown("p", "0")], [dark])
     assert set(by_name(same)) == {"identical", "rms", "ssim"}
 
 
