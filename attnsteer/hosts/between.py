@@ -82,6 +82,11 @@ class Between:
             self._watch.detach()
             self._watch = None
 
+    def denoising(self) -> None:
+        """The denoiser is called."""
+        if self._watch:
+            self._watch.denoising()
+
     def before(
         self,
         model: torch.nn.Module,

@@ -33,7 +33,17 @@ from .massive import massive_channels
 from .questions import QuestionFinder
 from .survey import Surveyor
 from .vlm_families import lockstep_inputs, padding_id, vision_tokens
-from .vlm_inputs import cache_length, execution_device, kept_positions, length, on_device, undisturbed, with_answer
+from .vlm_inputs import (
+    cache_length,
+    effective,
+    execution_device,
+    kept_positions,
+    length,
+    on_device,
+    starts_with,
+    undisturbed,
+    with_answer,
+)
 
 __all__ = ["LanguageSession", "refusals", "sites"]
 
@@ -110,7 +120,7 @@ class LanguageSession:
         self._restore: list[Callable[[], None]] = []
         self._reached = False
         self._generating = False
-        self._recipe = False  # generate() is running code of a repository, which may call generate() itself
+        self._recipe: dict[str, Any] | None = None  # what generate() gave to code of a repository that is running
         self._inside = False
         self._facts: dict[int, dict[str, Any]] = {}  # what plans asked for, by their id
         self.towers: list[ClassAttention] = []
@@ -192,24 +202,33 @@ class LanguageSession:
         given = {**dict(zip(inspect.signature(plain).parameters, args, strict=False)), **kwargs}
         if given.get("input_ids") is None:
             given["input_ids"] = given.get("inputs")
-        if self._generating and not self._recipe:  # an assisted generation asks the model itself for candidates
+        if self._generating and self._recipe is None:  # an assisted generation asks the model itself for candidates
             with self._contrasts.paused(), self._drafting(given):
                 return plain(*args, **kwargs)
-        config = given.get("generation_config") or self.model.generation_config
-        if self._phased and not given.get("use_cache", config.use_cache is not False):
+        if self._phased and not given.get("use_cache", effective(self.model, given, "use_cache") is not False):
             raise SteeringError("Without a cache every pass is a prefill, so steps= means nothing: set use_cache=True.")
         if given.get("attention_mask") is None:
             given["attention_mask"] = self._padding_of(given)
         self._begin(given)
-        outer = self._generating, self._recipe
+        outer, self._recipe = self._recipe, given if isinstance(given.get("custom_generate"), str) else None
         self._left = length(given) - cache_length(given)
-        self._generating, self._recipe = True, isinstance(given.get("custom_generate"), str)
+        self._generating = True
         try:
             with self._contrasts.generating():
                 return plain(*args, **kwargs)
         finally:
-            self._generating, self._recipe = outer
+            self._generating, self._recipe = False, outer
             self._set_phase("prefill")
+
+    def _sort_out(self, given: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
+        """A pass with an empty cache in code of a repository: either ``generate`` of the class makes it, past ours, of
+        the prompt that the code was given; or the code itself, whose prompts begin as those of a loop anywhere."""
+        cached = given.get("past_key_values") is not None
+        generates = (cached or given.get("use_cache") is False) and starts_with(given, recipe)
+        if generates and not (self._generating and self._left > 0):
+            self._begin(recipe)
+            self._left = length(recipe)
+        self._generating = generates
 
     @contextlib.contextmanager
     def _drafting(self, given: Mapping[str, Any]) -> Iterator[None]:
@@ -236,6 +255,8 @@ class LanguageSession:
             raise SteeringError(
                 "Continuous batching cannot be steered: use generate() with an ordinary cache, or detach."
             )
+        if self._recipe is not None and cache_length(given) == 0:
+            self._sort_out(given, self._recipe)
         if not self._generating:
             fresh = cache_length(given) == 0
             self._left = length(given) if fresh else 0

@@ -129,7 +129,7 @@ class Contrasts:
                 instruction_ids(self._tokenizer, what)
         self._prompt: _Prompt | None = None
         self._states: WeakKeyDictionary[Any, _State] = WeakKeyDictionary()
-        self._paused = False
+        self._paused = self._reorders = False
 
     def __bool__(self) -> bool:
         return bool(self._asked)
@@ -163,8 +163,17 @@ class Contrasts:
 
     @contextlib.contextmanager
     def generating(self) -> Iterator[None]:
-        """Inside, the caches of the counterparts change places with the beams, and are forgotten at the end."""
-        if not self._asked:
+        """A generation, after which the counterparts are forgotten."""
+        with self._following_beams():
+            try:
+                yield
+            finally:
+                self.forget()
+
+    @contextlib.contextmanager
+    def _following_beams(self) -> Iterator[None]:
+        """Inside, the caches of the counterparts change places with the beams."""
+        if not self._asked or self._reorders:
             yield
             return
         namespace, plain = self._model.__dict__, getattr(self._model, "_reorder_cache", None)
@@ -179,11 +188,11 @@ class Contrasts:
             cache.reorder_cache(beams)
             return cache
 
-        namespace["_reorder_cache"] = reorder
+        namespace["_reorder_cache"], self._reorders = reorder, True
         try:
             yield
         finally:
-            self.forget()
+            self._reorders = False
             if namespace.get("_reorder_cache") is reorder:
                 del namespace["_reorder_cache"]
                 if before is not None:

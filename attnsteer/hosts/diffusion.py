@@ -154,6 +154,8 @@ class DiffusionSession:
     def _around(self, model: torch.nn.Module, compiled: bool) -> Callable[..., Any]:
         def around(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._follow_scheduler()
+            self._nurse.denoising()
+            self._between.denoising()
             if self._clock is None:  # nothing else says that a run begins
                 self._on_start()
             inputs = named_inputs(model, args, kwargs)

@@ -90,6 +90,11 @@ class Nurse:
         self._update = None
         self._memory.clear()
 
+    def denoising(self) -> None:
+        """The denoiser is called."""
+        if self.watch:
+            self.watch.denoising()
+
     def stop(self) -> None:
         self.begin()
         if self.watch:

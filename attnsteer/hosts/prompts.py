@@ -63,12 +63,15 @@ class PromptWatch:
 
     Args:
         check: is shown the arguments of the first ``encode_prompt`` of every call, and may refuse them.
+
+    Attributes:
+        given: the arguments of the first ``encode_prompt`` of the call in progress, None before.
     """
 
     def __init__(self, pipe: Any, check: Callable[[Mapping[str, Any]], None] | None = None):
         self.pipe = pipe
         self._check = check
-        self._given: dict[str, Any] | None = None
+        self.given: dict[str, Any] | None = None
         self._absent: set[str] = set()
         self._fresh = True
         self._attached = True
@@ -94,22 +97,17 @@ class PromptWatch:
             if self._attached and self._fresh:  # the negative prompt may be encoded by a second call
                 bound = signature.bind(*args, **kwargs)
                 bound.apply_defaults()
-                self._given, self._fresh = dict(bound.arguments), False
-                self._absent = {part for part in ENCODERS.values() if getattr(self.pipe, part, None) is None}
                 if self._check:
-                    self._check(self._given)
+                    self._check(bound.arguments)
+                self.given, self._fresh = dict(bound.arguments), False
+                self._absent = {part for part in ENCODERS.values() if getattr(self.pipe, part, None) is None}
             return encode(*args, **kwargs)
 
         return note
 
-    @property
-    def given(self) -> dict[str, Any] | None:
-        """The arguments of the first ``encode_prompt`` of the call in progress, None before.
-
-        Who asks is denoising, so the next prompt is that of another run: hand-written loops have no ``check_inputs``.
-        """
+    def denoising(self) -> None:
+        """The denoiser runs, so the next prompt is that of another run: hand-written loops have no ``check_inputs``."""
         self._fresh = True
-        return self._given
 
     @property
     def samples(self) -> int | None:

@@ -30,7 +30,7 @@ from .base import take_rows
 from .decoders import core
 from .survey import Known
 from .vlm_families import PER_TOKEN, SCRATCH
-from .vlm_inputs import TOKEN_BY_TOKEN, undisturbed
+from .vlm_inputs import TOKEN_BY_TOKEN, assisted, effective, undisturbed
 from .worlds import is_language_model
 
 if TYPE_CHECKING:
@@ -109,15 +109,20 @@ class Prefill:
             variants: instead of ``processors``, as for ``attach``: ``V`` of them over ``B`` prompts are ``V B`` rows of
                 one generation. First come all prompts under the first variant, then all under the second. None and an
                 empty list are the plain model.
-            **options: of ``generate``: lengths, sampling, beams; no inputs.
+            **options: of ``generate``: lengths, sampling, beams; no inputs, and nothing that assists decoding.
 
         Raises:
-            SteeringError: processors and variants; a processor that changes more than the last row; or an option that
-                is an input.
+            SteeringError: processors and variants; a processor that changes more than the last row; an option that
+                is an input; or assisted decoding, by the options or by a generation config.
         """
         given = rows_given(processors, variants) if processors or variants is not None else [[]]
         reasons = [reason for processor in _each(given) for reason in _refusals(processor)]
         reasons += [f"{name}= was given to prefill already." for name in options if name in self._inputs]
+        reasons += [
+            f"Assisted decoding ({name}) counts on a cache of the whole prompt, but a Prefill keeps all but the last "
+            f"token: give {name}=None, or attach and call generate."
+            for name in assisted(core(self._model), options)
+        ]
         if reasons:
             raise SteeringError(reasons)
         rows = torch.arange(self._batch).repeat(len(given))
@@ -244,14 +249,7 @@ def _refusals(processor: Processor) -> list[str]:
 
 def _sequences(model: Any, options: Mapping[str, Any]) -> int:
     """Into how many rows ``generate`` turns each row that it is given."""
-    given = options.get("generation_config")
-
-    def wanted(name: str) -> int:
-        if name in options:
-            return options[name] or 1
-        return getattr(given, name, None) or getattr(model.generation_config, name) or 1
-
-    return max(wanted("num_beams"), wanted("num_return_sequences"))
+    return max(effective(model, options, name) or 1 for name in ("num_beams", "num_return_sequences"))
 
 
 # ---- what families keep ----------------------------------------------------------------------------------------------

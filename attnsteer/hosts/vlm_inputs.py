@@ -13,9 +13,11 @@ from torch import Tensor
 from .vlm_families import ANSWER_TYPES, PER_TOKEN, SCRATCH
 
 TOKEN_BY_TOKEN: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
-TOKEN_BY_TOKEN |= {"prefill_chunk_size": None, "prompt_lookup_num_tokens": None}
+TOKEN_BY_TOKEN |= {"prefill_chunk_size": None, "prompt_lookup_num_tokens": None, "assistant_early_exit": None}
 """Options of ``generate`` for one pass of the whole prompt, then one for each greedy token, whatever the model's
 generation config says."""
+ASSISTED = ("prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit", "use_mtp")
+"""Options of ``generate`` that have candidates written, to be checked several at once."""
 
 
 def length(given: Mapping[str, Any]) -> int:
@@ -30,6 +32,30 @@ def cache_length(given: Mapping[str, Any]) -> int:
     """Number of tokens that the cache of a call holds already. Reading it waits for the device with a static cache."""
     cache: Any = given.get("past_key_values")
     return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+
+
+def effective(model: Any, options: Mapping[str, Any], name: str) -> Any:
+    """What ``generate`` makes of an option: of the call, else of its generation config, else of the model's."""
+    if name in options:
+        return options[name]
+    value = getattr(options.get("generation_config"), name, None)
+    return getattr(model.generation_config, name, None) if value is None else value
+
+
+def assisted(model: Any, options: Mapping[str, Any]) -> list[str]:
+    """The options by which ``generate`` would check several candidates at once."""
+    found = {name: effective(model, options, name) for name in ASSISTED}
+    return [name for name, value in found.items() if value is not None and value is not False]
+
+
+def starts_with(given: Mapping[str, Any], prompt: Mapping[str, Any]) -> bool:
+    """Whether a pass is one of the prompt, whose rows beams may have repeated, or of the first tokens of it."""
+    ids, wanted = given.get("input_ids"), prompt.get("input_ids")
+    if not isinstance(ids, Tensor) or not isinstance(wanted, Tensor):
+        return ids is wanted
+    count, (times, rest) = min(ids.shape[1], wanted.shape[1]), divmod(len(ids), len(wanted))
+    wanted = wanted[:, :count].to(ids.device).repeat_interleave(times, 0)
+    return not rest and torch.equal(ids[:, :count], wanted)
 
 
 def with_answer(inputs: Mapping[str, Any], answer: Tensor, config: Any) -> dict[str, Any]:

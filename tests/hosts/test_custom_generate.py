@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import attnsteer
-from attnsteer.processors import GIFT, VHR
+from attnsteer import Where
+from attnsteer.processors import GIFT, M3ID, PAI, VHR
 from tests.hosts.common import GREEDY, BoostImage, state_of
 from tests.hosts.contrasting import IMAGE, NOISE
 from tests.tiny import vlms
@@ -56,22 +57,39 @@ def stepped(model: Any, inputs: dict[str, Any], processors: tuple[Any, ...]) -> 
     return torch.cat(answer, 1)
 
 
+def look_first(model, input_ids, attention_mask, pixel_values, answer=5, **kwargs):  # type: ignore[no-untyped-def]
+    """Code of a repository that generates once, of another prompt, before a loop of its own."""
+    prompt = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values}
+    other = torch.cat([input_ids, input_ids[:, -1:]], 1)
+    model.generate(
+        **{**prompt, "input_ids": other, "attention_mask": torch.ones_like(other)}, max_new_tokens=2, do_sample=False
+    )
+    out, found = model(**prompt, use_cache=True), []
+    for _ in range(answer):
+        found.append(out.logits[:, -1])
+        step = {"input_ids": found[-1].argmax(-1, keepdim=True), "past_key_values": out.past_key_values}
+        out = model(**step)
+    return torch.stack(found)
+
+
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> dict[str, Any]:
+    """A repository whose code this is, as options of ``generate``."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    (tmp_path / "recipe" / "custom_generate").mkdir(parents=True)
+    (tmp_path / "recipe" / "custom_generate" / "generate.py").write_text(source)
+    return {"custom_generate": str(tmp_path / "recipe"), "trust_remote_code": True}
+
+
 @pytest.fixture(params=["function", "folder around the class", "folder around the model"])
 def given(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """``custom_generate`` in each of the forms that transformers takes."""
     if request.param == "function":
         return {"custom_generate": dola_loop}
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     call = "GenerationMixin.generate(model, " if request.param.endswith("class") else "model.generate("
-    (tmp_path / "dola" / "custom_generate").mkdir(parents=True)
-    (tmp_path / "dola" / "custom_generate" / "generate.py").write_text(
-        "import torch\nfrom transformers import GenerationMixin\n\n\n"
-        + inspect.getsource(dola_scores)
-        + "\n\n"
-        + inspect.getsource(dola_loop)
-        + f"\n\ndef generate(model, **kwargs):\n    return {call}custom_generate=dola_loop, **kwargs)\n"
-    )
-    return {"custom_generate": str(tmp_path / "dola"), "trust_remote_code": True}
+    source = "import torch\nfrom transformers import GenerationMixin\n\n\n"
+    source += inspect.getsource(dola_scores) + "\n\n" + inspect.getsource(dola_loop)
+    source += f"\n\ndef generate(model, **kwargs):\n    return {call}custom_generate=dola_loop, **kwargs)\n"
+    return folder(tmp_path, monkeypatch, source)
 
 
 @pytest.mark.parametrize(
@@ -93,3 +111,53 @@ def test_a_loop_of_the_users_own_is_steered_in_every_step(processors: tuple[Any,
     assert not torch.equal(found[0], plain)
     assert not torch.equal(found[0], ordinary)
     assert torch.equal(model.generate(**inputs, **GREEDY, **given)[:, -5:], plain)
+
+
+@pytest.mark.parametrize(
+    "processors",
+    [(PAI(Where(layers="all"), alpha=0.9),), (VHR(),), (GIFT(token_selector="all"),), (IMAGE,), (IMAGE, PAI())],
+    ids=["last row", "image-free lane", "survey", "contrast", "contrast and attention"],
+)
+def test_a_loop_behind_a_generation_is_steered_as_one_outside(
+    processors: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, make = vlms.build("llava")
+    inputs = make(2)
+    source = "import torch\n\n\n" + inspect.getsource(look_first).replace("def look_first", "def generate")
+    given = folder(tmp_path, monkeypatch, source)
+    plain = model.generate(**inputs, **given)
+    before = state_of(model)
+    with attnsteer.steer(model, *processors):
+        found = [model.generate(**inputs, **given) for _ in range(2)]
+        with torch.no_grad():
+            expected = look_first(model, **inputs)
+    assert state_of(model) == before
+    assert torch.equal(found[0], expected)
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], plain)
+
+
+@pytest.mark.parametrize("call", ["GenerationMixin.generate(model, ", "model.generate("])
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"use_cache": False}, {"prompt_lookup_num_tokens": 2}], ids=lambda o: next(iter(o))
+)
+@pytest.mark.parametrize(
+    "processors", [(PAI(),), (VHR(),), (M3ID(decay=0.5),), (NOISE, PAI())], ids=["PAI", "VHR", "M3ID", "2"]
+)
+def test_what_a_repository_generates_is_what_generate_does(
+    processors: tuple[Any, ...], options: dict[str, Any], call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after a pass of its own, twice, and where the class is asked past the model."""
+    model, make = vlms.build("llava")
+    model = model.double()
+    one = "prompt_lookup_num_tokens" in options
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in make(1 if one else 2).items()}
+    source = "from transformers import GenerationMixin\n\n\ndef generate(model, **kw):\n    names = 'input_ids', "
+    source += "'attention_mask', 'pixel_values'\n    model(**{name: kw[name] for name in names})\n"
+    source += f"    {call}**kw)\n    return {call}**kw)\n"
+    given = folder(tmp_path, monkeypatch, source)
+    with attnsteer.steer(model, *processors):
+        found = model.generate(**inputs, **GREEDY, **options, **given)
+        assert "_reorder_cache" not in model.__dict__
+        assert torch.equal(found, model.generate(**inputs, **GREEDY, **options))
+    assert not torch.equal(found, model.generate(**inputs, **GREEDY, **options))

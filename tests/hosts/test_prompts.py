@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import attnsteer
-from attnsteer import SteeringError
+from attnsteer import SteeringError, Where
 from attnsteer.hosts.prompts import PromptWatch, Reading, place, readings
 from attnsteer.nursing import LevelMaps, Moment, TokenMaps
-from attnsteer.processors import AStar, AttendAndExcite, Conform, Focus, SynGen
+from attnsteer.processors import AStar, AttendAndExcite, Conform, ConsistentSelfAttention, Focus, SynGen
 from attnsteer.spans import find_each
 from tests.nursed import LEVEL, PROMPTS, generate
 from tests.tiny import pipelines, tokenizers
@@ -193,6 +193,26 @@ def test_each_run_of_a_hand_written_loop_has_its_own_prompt() -> None:
             loop("a red car")
     with attnsteer.steer(pipe, method):
         assert torch.equal(second, loop("a red car and a blue dog"))
+
+
+def test_every_run_of_a_hand_written_loop_is_checked() -> None:
+    """Also where nobody asks for the words of the prompt, and after a refusal."""
+    pipe = pipelines.build("sd15")
+
+    def loop(pictures: int) -> None:
+        pipe.scheduler.set_timesteps(2)
+        embeds, _ = pipe.encode_prompt(["a dog", "a car"], "cpu", pictures, False)
+        x = torch.randn(len(embeds), 4, 6, 10)
+        for t in pipe.scheduler.timesteps:
+            with torch.no_grad():
+                x = pipe.scheduler.step(pipe.unet(x, t, embeds).sample, t, x).prev_sample
+
+    with attnsteer.steer(pipe, ConsistentSelfAttention(Where(layers="all"), frames=2)):
+        for _ in range(2):
+            loop(1)
+            for _ in range(2):
+                with pytest.raises(SteeringError, match="num_images_per_prompt=2 puts the pictures of one prompt"):
+                    loop(2)
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])

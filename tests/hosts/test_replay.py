@@ -82,6 +82,27 @@ def test_what_cannot_share_a_prefill_is_refused() -> None:
     assert state_of(model) == before
 
 
+@pytest.mark.parametrize("place", ["options", "config of the call", "config of the model"])
+@pytest.mark.parametrize(("name", "value"), [("prompt_lookup_num_tokens", 2), ("assistant_early_exit", 2)])
+def test_assisted_decoding_is_refused_wherever_it_is_asked_for(name: str, value: int, place: str) -> None:
+    """It takes the cache for one of the whole prompt, and its tokens would be wrong."""
+    model, make = vlms.build("llava")
+    ready = attnsteer.prefill(model, **make(1))
+    expected = ready.generate(**GREEDY)
+    options: dict[str, Any] = {name: value} if place == "options" else {}
+    if place == "config of the call":
+        options["generation_config"] = GenerationConfig(**{name: value})
+    if place == "config of the model":
+        setattr(model.generation_config, name, value)
+    for processors in ((), (GIFT(token_selector="all"),)):
+        with pytest.raises(SteeringError, match=rf"Assisted decoding \({name}\) counts on a cache of the whole prompt"):
+            ready.generate(*processors, **GREEDY, **options)
+    assert torch.equal(ready.generate(**GREEDY, **{**options, name: None}), expected)
+    assert ready.logits().argmax() == expected[0, -5]
+    with pytest.raises(SteeringError, match=r"Assisted decoding \(assistant_model\)"):
+        ready.generate(**GREEDY, **{name: None}, assistant_model=model)
+
+
 # ---- as rows of one batch --------------------------------------------------------------------------------------------
 VARIANTS: list[Any] = [
     GIFT(token_selector="all", alpha=1.0),
