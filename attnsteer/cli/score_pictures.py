@@ -123,11 +123,11 @@ def _lpips(given: argparse.Namespace) -> Any:
 
 
 def _measures(given: argparse.Namespace, lpips: Any) -> list[Measure]:
+    from ..digests import weights_of
     from ..metrics.pictures import pixels
     from ..metrics.pictures.encoders import Encoders
     from ..metrics.pictures.extractors import Captioner, Dino
     from ..metrics.pictures.measures import Alike, Clip, Distances, Present
-    from ..metrics.pictures.weights import weights_of
     from .models import placement
 
     place, _ = placement(given.device, given.dtype)

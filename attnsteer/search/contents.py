@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..metrics.pictures.weights import plain_config
+from ..digests import plain_config, tensor_digest
 
 PLAIN = (type(None), EllipsisType, bool, int, float, complex, str, bytes, range, PurePath, torch.dtype, torch.device)
 NAMED = (type, ModuleType, BuiltinFunctionType)
@@ -196,8 +196,6 @@ def _of_library(kind: type) -> bool:
 
 
 def _array(value: Any) -> str:
-    from ..compare.methods import tensor_digest
-
     try:
         return tensor_digest(torch.as_tensor(value))
     except (TypeError, RuntimeError):  # no numbers, or none yet

@@ -17,9 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from ..digests import weights_of
 from ..errors import SteeringError
 from ..metrics.pictures.encoders import Encoders, affine_head
-from ..metrics.pictures.weights import weights_of
 from ..plain import short
 from .contents import Unknown, code_of, content_of
 
