@@ -15,7 +15,7 @@ def tensor_digest(tensor: Tensor) -> str:
     """A hash of dtype, shape and content."""
     content = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8)
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    digest.update(memoryview(content.numpy()))
+    digest.update(content.numpy().data)
     return digest.hexdigest()[:16]
 
 
