@@ -6,7 +6,6 @@ are read at chosen layers, averaged over heads, in float32; nothing is changed a
 
 from __future__ import annotations
 
-import hashlib
 import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from .attach import steer
 from .capture import Capture
+from .digests import picture_digest
 from .errors import SteeringError
 from .hosts.asking import Batch, Encodings, batch, greedy
 from .hosts.vlm_grids import image_grids
@@ -137,7 +137,7 @@ def look_with_general(
     """
     kept = {} if memory is None else memory.of(model)
     setting = (general, where, max_new_tokens, template)
-    keys = [(*_content(picture), *map(repr, setting)) for picture in pictures]
+    keys = [(picture_digest(picture), *map(repr, setting)) for picture in pictures]
     first = dict(zip(keys, pictures, strict=True))
     missing = [key for key in dict.fromkeys(keys) if key not in kept]
     seen = [(first[key],) for key in (*keys, *missing)]
@@ -145,7 +145,3 @@ def look_with_general(
     found = look(model, hf_processor, asked, where, max_new_tokens)
     kept.update(zip(missing, found[len(keys) :], strict=True))
     return found[: len(keys)], [kept[key] for key in keys]
-
-
-def _content(picture: Image.Image) -> tuple[str, tuple[int, int], str]:
-    return picture.mode, picture.size, hashlib.sha256(picture.tobytes()).hexdigest()

@@ -12,9 +12,9 @@ from PIL import Image
 
 from attnsteer.cli import folders, main
 from attnsteer.cli.generate import file_name
+from attnsteer.digests import weights_of
 from attnsteer.errors import SteeringError
 from attnsteer.metrics.pictures.judged import request
-from attnsteer.metrics.pictures.weights import weights_of
 from attnsteer.world import sampling
 from attnsteer.world.evaluate.pictures import wishes
 from attnsteer.world.judge import Judge

@@ -63,9 +63,9 @@ def load_judge(given: argparse.Namespace) -> Judge:
 
 
 def run(given: argparse.Namespace) -> int:
+    from ..digests import weights_of
     from ..metrics import files
     from ..metrics.pictures import geneval_files
-    from ..metrics.pictures.weights import weights_of
 
     if bool(given.detections) == bool(given.images):
         raise SteeringError("Detections come from --detections, or from --images with --judge: give one of them.")

@@ -12,10 +12,11 @@ from typing import Any
 from .._version import __version__
 from ..attach import attach, sites
 from ..chat import question_inputs
+from ..digests import tensor_digest
 from ..errors import SteeringError
 from ..hosts.vision import seen_once
 from ..lines import identity
-from .methods import Method, tensor_digest
+from .methods import Method
 from .samples import Sample
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
 from ..controls import HEADS, Elsewhere, edits_heads
+from ..digests import tensor_digest
 from ..errors import SteeringError
 from ..lines import identity
 from ..plain import encode
@@ -58,16 +58,6 @@ def plain(processor: Any) -> dict[str, Any]:
         if tensors:
             values[f"{field.name} content"] = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
     return {"processor": type(processor).__name__, "parameters": values}
-
-
-def tensor_digest(tensor: Any) -> str:
-    """A hash of dtype, shape and content."""
-    import torch
-
-    content = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8)
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    digest.update(memoryview(content.numpy()))
-    return digest.hexdigest()[:16]
 
 
 def control(method: Method, name: str, seed: int = 0) -> Method:

@@ -7,7 +7,6 @@ takes what they found (``mm_encoder_outputs``) instead of pixels.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..chat import question_inputs
+from ..digests import tensor_digest
 from ..errors import SteeringError
 from .decoders import core
 from .vlm_families import PACKED, PER_TOKEN, padding_id, vision_tokens
@@ -121,15 +121,11 @@ def _by_picture(shown: Mapping[str, Tensor], count: int) -> list[dict[str, Tenso
 
 def _encoded(inner: Any, shown: Mapping[str, Tensor], encodings: Encodings) -> Any:
     """What the tower makes of a picture, or what it made of an equal one."""
-    key = tuple((name, value.dtype, value.shape, _digest(value)) for name, value in shown.items())
+    key = tuple((name, tensor_digest(value)) for name, value in shown.items())
     if key not in encodings:
         with torch.no_grad():
             encodings[key] = inner.get_image_features(**shown, return_dict=True)
     return encodings[key]
-
-
-def _digest(value: Tensor) -> str:
-    return hashlib.sha256(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def greedy(model: Any, batch: Batch, max_new_tokens: int) -> list[list[int]]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..digests import weights_of
 from .decoders import layer_of, sites
 from .vlm_families import VisionTokens
 from .vlm_inputs import execution_device, undisturbed
@@ -30,26 +31,23 @@ CHANNELS: dict[tuple[str, int, int, int], tuple[int, ...]] = {
 TOKENS = 8
 """First tokens that a measurement tries."""
 
-SAMPLE = 16
-"""Values of each weight that tell whether it has changed."""
-
-_measured: weakref.WeakKeyDictionary[torch.nn.Module, tuple[bytes, Tensor]] = weakref.WeakKeyDictionary()
-"""The fingerprint of the weights that were measured, and what was found."""
+_measured: weakref.WeakKeyDictionary[torch.nn.Module, tuple[str, Tensor]] = weakref.WeakKeyDictionary()
+"""A hash of the weights that were measured, and what was found."""
 
 
 def massive_channels(model: Any, tokens: VisionTokens, ratio: float) -> tuple[int, ...]:
     """Channels of the residual stream with ``|x[d]| / RMS(x) > ratio`` at the first token.
 
     From the table, or measured: those above the ratio in more than half of the layers 2 to L - 2 and first tokens.
-    Measured with 8 one-token prompts, once for a loaded model and again where its weights have changed since. Empty,
-    with a warning, where there are none.
+    Measured with 8 one-token prompts, once for a loaded model and again where its weights or adapters have changed
+    since. Empty, with a warning, where there are none.
     """
     text = model.config.get_text_config(decoder=True)
     key = (text.model_type, text.hidden_size, getattr(text, "intermediate_size", 0), text.num_hidden_layers)
     if key in CHANNELS:
         return CHANNELS[key]
     decoder = model.get_decoder()
-    before, weights = _measured.get(decoder), _fingerprint(decoder)
+    before, weights = _measured.get(decoder), weights_of(decoder, writes=True)
     if before is None or before[0] != weights:
         before = _measured[decoder] = weights, _first_token_ratios(model, decoder, tokens)
     share = (before[1] > ratio).float().mean(0)
@@ -61,17 +59,6 @@ def massive_channels(model: Any, tokens: VisionTokens, ratio: float) -> tuple[in
             stacklevel=2,
         )
     return found
-
-
-def _fingerprint(decoder: torch.nn.Module) -> bytes:
-    """What changes with the weights: how often each was written to, and some values of it, since adapters are merged
-    behind that count (``weight.data += ...``). Offloaded weights have none to look at."""
-    weights = list(decoder.parameters())
-    counts = [0 if weight.is_inference() else weight._version for weight in weights]
-    there = [weight.detach().flatten() for weight in weights if weight.device.type != "meta"]
-    values = [weight[:: max(1, len(weight) // SAMPLE)].double().sum().reshape(1) for weight in there]
-    by_device = [torch.cat([v for v in values if v.device == one]) for one in dict.fromkeys(v.device for v in values)]
-    return torch.cat([torch.tensor(counts).double(), *(each.cpu() for each in by_device)]).numpy().tobytes()
 
 
 def _first_token_ratios(model: Any, decoder: torch.nn.Module, tokens: VisionTokens) -> Tensor:

@@ -1,23 +1,44 @@
-"""What somebody's function depends on: a hash of its code and of everything that is bound to it."""
+"""What somebody's function depends on: a hash of its code and of everything that is bound to it.
+
+Classes count by the code of all their methods, those of libraries by their names alone: Python's own, installed
+packages, torch and this one.
+"""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Mapping
+import inspect
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from pathlib import PurePath
+from dataclasses import is_dataclass
+from pathlib import Path, PurePath
 from types import BuiltinFunctionType, CodeType, EllipsisType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..metrics.pictures.weights import weights_of
+from ..digests import plain_config, tensor_digest
 
-PLAIN = (type(None), EllipsisType, bool, int, float, complex, str, bytes, range, PurePath)
+PLAIN = (type(None), EllipsisType, bool, int, float, complex, str, bytes, range, PurePath, torch.dtype, torch.device)
 NAMED = (type, ModuleType, BuiltinFunctionType)
 BOUND = (CodeType, FunctionType, MethodType, functools.partial)
+WRAPPERS: dict[type, tuple[str, ...]] = {
+    property: ("fget", "fset", "fdel"),
+    staticmethod: ("__func__",),
+    classmethod: ("__func__",),
+    functools.cached_property: ("func",),
+    type(functools.cache(len)): ("__wrapped__",),
+}
+"""What holds functions in a class, and where."""
+MADE = ("__init__", "__new__", "__post_init__")
+"""What these did to an object is among its attributes."""
+LIBRARIES = ("builtins", "torch", __name__.split(".")[0])
+"""Packages that are libraries wherever they lie."""
+STANDARD = Path(sysconfig.get_path("stdlib"))
 
 
 class Unknown(Exception):  # noqa: N818 - no error: what is to be done about it is another's business
@@ -25,18 +46,24 @@ class Unknown(Exception):  # noqa: N818 - no error: what is to be done about it 
 
 
 def code_of(function: Any) -> str:
-    """A hash of the code of a callable alone, the same in every process.
+    """A hash of the code of a callable alone, the same in every process: of a function, or of all methods of an object
+    (of a module, and of all modules inside).
 
     Raises:
         Unknown: there is none in Python.
     """
-    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
-    return _hash(_described(code, ())) if code else _unknown(function)
+    while isinstance(function, functools.partial):
+        function = function.func
+    own = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    codes = [own] if own else _unknown(function)
+    return _hash(" ".join(_described(code, ()) for code in [*codes, *_codes(getattr(function, "__self__", function))]))
 
 
 def content_of(function: Any) -> str:
-    """A hash of code, default values, closure, bound arguments and (of a callable object) attributes, the same in every
-    process. Of global names only the name counts.
+    """A hash of code, default values, closure, bound arguments and (of a callable object) attributes and all methods,
+    the same in every process. Of global names and of classes that are held only the name counts.
+
+    A module counts with all that is inside, every value of its tensors and its hooks.
 
     Raises:
         Unknown: one of these cannot be hashed, e.g. an open file.
@@ -68,11 +95,16 @@ def _described(value: Any, inside: tuple[int, ...]) -> str:
         return _listed(value, sorted(pairs))
     if isinstance(value, BOUND):
         return _listed(value, _parts(value, inside))
-    if isinstance(value, torch.nn.Module):
-        return weights_of(value)
+    if type(value) in WRAPPERS:
+        return _listed(value, (_described(part, inside) for part in _wrapped(value)))
     if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
         return _array(value)
-    return _held(value, inside) if isinstance(getattr(value, "settings", None), Mapping) else _unknown(value)
+    if hasattr(value, "to_dict") and _of_library(type(value)):  # a configuration
+        return f"{type(value).__name__} {plain_config(value)}"
+    told = isinstance(getattr(value, "settings", None), Mapping)
+    return (
+        _held(value, inside) if told or isinstance(value, torch.nn.Module) or is_dataclass(value) else _unknown(value)
+    )
 
 
 def _listed(value: Any, parts: Iterable[str]) -> str:
@@ -98,20 +130,72 @@ def _parts(value: Any, inside: tuple[int, ...]) -> list[str]:
 
 
 def _held(owner: Any, inside: tuple[int, ...]) -> str:
-    """What a method's object brings along: its ``settings``, or else all its attributes."""
-    if isinstance(owner, (*NAMED, torch.nn.Module)):
+    """What a method's object brings along: its class, and its ``settings`` or else all its attributes."""
+    if isinstance(owner, NAMED):
         return _described(owner, inside)
     if id(owner) in inside[:-1]:
         return f"the same {inside.index(id(owner))}"
-    held = getattr(owner, "settings", None)
+    inside = (*inside, id(owner))
+    held = None if isinstance(owner, torch.nn.Module) else getattr(owner, "settings", None)
     if held is None:
-        held = vars(owner) if hasattr(owner, "__dict__") else _unknown(owner)
-    return f"{type(owner).__module__}.{type(owner).__qualname__} {_described(held, (*inside, id(owner)))}"
+        held, methods = _attributes(owner), list(_members(type(owner)))
+    else:
+        methods = [("", code) for code in _codes(owner)]  # what else a class holds is for its settings
+    name = f"{type(owner).__module__}.{type(owner).__qualname__}"
+    return f"{name} {_described(methods, inside)} {_described(held, inside)}"
+
+
+def _attributes(owner: Any) -> dict[str, Any]:
+    """All attributes of an object; of a module those that matter to its forward, hooks without their numbers."""
+    held = dict(vars(owner)) if hasattr(owner, "__dict__") else _unknown(owner)
+    if isinstance(owner, torch.nn.Module):
+        for name in vars(torch.nn.Module()):
+            if "state_dict" in name or "backward" in name:
+                held.pop(name, None)
+            elif name.startswith("_forward_"):
+                held[name] = list(held.get(name, {}).values())
+    return held
+
+
+def _members(kind: type) -> Iterator[tuple[str, Any]]:
+    """Methods and other attributes of a class and its bases outside libraries."""
+    for each in kind.__mro__:
+        for name, member in [] if _of_library(each) else sorted(vars(each).items()):
+            function = isinstance(member, (FunctionType, *WRAPPERS))
+            left = (*MADE, "__annotate__", "__annotate_func__") if function else ("_abc_impl",)
+            if name not in left and (function or not name.startswith("__") or not name.endswith("__")):
+                yield name, member
+
+
+def _codes(owner: Any) -> list[CodeType]:
+    """The code of all methods of an object, and of the modules inside."""
+    if isinstance(owner, torch.nn.Module):
+        kinds = [type(module) for module in owner.modules()]
+    else:
+        kinds = [owner if isinstance(owner, type) else type(owner)]
+    members = [member for kind in dict.fromkeys(kinds) for _, member in _members(kind)]
+    functions = [function for member in members for function in _wrapped(member)]
+    found = [(function, inspect.unwrap(function)) for function in functions if isinstance(function, FunctionType)]
+    return [one.__code__ for pair in found for one in dict.fromkeys(pair) if hasattr(one, "__code__")]
+
+
+def _wrapped(member: Any) -> list[Any]:
+    """The functions in a member of a class; itself where it holds none."""
+    return [getattr(member, name) for name in WRAPPERS[type(member)]] if type(member) in WRAPPERS else [member]
+
+
+def _of_library(kind: type) -> bool:
+    """Whether the name of a class is enough."""
+    if kind.__module__.split(".")[0] in LIBRARIES:
+        return True
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    if file is None:  # written into Python, or somebody's notebook
+        return kind.__module__ in sys.builtin_module_names
+    place = Path(file)
+    return bool({"site-packages", "dist-packages"} & {*place.parts}) or place.is_relative_to(STANDARD)
 
 
 def _array(value: Any) -> str:
-    from ..compare.methods import tensor_digest
-
     try:
         return tensor_digest(torch.as_tensor(value))
     except (TypeError, RuntimeError):  # no numbers, or none yet

@@ -17,9 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from ..digests import weights_of
 from ..errors import SteeringError
 from ..metrics.pictures.encoders import Encoders, affine_head
-from ..metrics.pictures.weights import weights_of
 from ..plain import short
 from .contents import Unknown, code_of, content_of
 
@@ -71,9 +71,10 @@ class _Single(Objective):
 class Custom(_Single):
     """Somebody's function.
 
-    Its scores are reused where its code, default values, closure, bound arguments and attributes are the same. Where
-    one of these cannot be hashed they never are, unless its attribute ``settings`` (plain values) says on what it
-    depends besides its code; this attribute then counts alone. What it reads from global names is for ``settings`` too.
+    Its scores are reused where its code, default values, closure, bound arguments and attributes are the same; of an
+    object the code of all its methods, of a module that of all modules inside. Where one of these cannot be hashed they
+    never are, unless its attribute ``settings`` (plain values) says on what it depends besides its code; this attribute
+    then counts alone. What it reads from global names is for ``settings`` too.
     """
 
     def __init__(self, function: Given):

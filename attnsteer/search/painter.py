@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ..attach import attach, attached_to
+from ..digests import plain_config, tensor_digest, weights_of
 from ..errors import SteeringError
 from ..hosts.base import Call, intercept
 from ..hosts.worlds import is_pipeline
-from ..metrics.pictures.weights import plain_config, weights_of
 from ..plain import encode
 from ..processor import Processor
 from .hunter import Heads
@@ -144,9 +144,7 @@ def once_per_row() -> Callable[[Call, tuple[Any, ...], dict[str, Any]], Any]:
 
 
 def _content(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return str(value.dtype), str(value.device), tuple(value.flatten().tolist())
-    return repr(value)
+    return (str(value.device), tensor_digest(value)) if isinstance(value, torch.Tensor) else repr(value)
 
 
 def _joined(rows: Sequence[Any]) -> Any:

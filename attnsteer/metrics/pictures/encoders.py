@@ -14,8 +14,8 @@ from PIL.Image import Resampling
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...digests import weights_of
 from ...errors import SteeringError
-from .weights import weights_of
 
 T = TypeVar("T")
 

@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...digests import weights_of
 from ...errors import SteeringError
 from .encoders import preprocessing, readable
-from .weights import weights_of
 
 CLASS_TOKENS = {
     "vit": "dino",

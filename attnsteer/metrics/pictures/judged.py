@@ -60,8 +60,8 @@ def described(judge: Judge, checkpoint: str) -> dict[str, Any]:
     Args:
         checkpoint: its name, or where it is.
     """
+    from ...digests import weights_of
     from ...world.judge import SIZE
-    from .weights import weights_of
 
     ready = {"size": {"height": SIZE, "width": SIZE}, "resample": "bicubic", "range": "-1..1"}
     found = {"checkpoint": checkpoint, "weights": weights_of(judge.network), "dtype": "float32"}
