@@ -35,8 +35,8 @@ PAINTERS = """
 
 Share of pictures, in percent, on which the judge sees what the prompt asks for: one object and no other; both of two,
 or all of three (whatever else); of two exactly those; "two dogs" and nothing else; a frame around the right one of
-two; one left of or above the other; the background. "True scenes" are rendered from the same prompts: what they lack is
-the judge's own mistake.
+two; one left of or above the other; the background. Of one object there are four times as many pictures as of every
+other kind. "True scenes" are rendered from the same prompts: what they lack is the judge's own mistake.
 
 """
 READER = """
@@ -68,8 +68,8 @@ def row(name: str, scores: Mapping[str, float]) -> str:
     """A picture model's row of the table."""
     cells = [_percent(scores[key]) if key in scores else "" for key in PICTURES]
     pace = f"{scores['seconds_per_picture']:.2g}" if "seconds_per_picture" in scores else ""
-    guidance = f"{scores['guidance']:g}" if "guidance" in scores else ""
-    return f"| {' | '.join([name, guidance, *cells, pace])} |"
+    head = [f"{scores[key]:g}" if key in scores else "" for key in ("guidance", "pictures")]
+    return f"| {' | '.join([name, *head, *cells, pace])} |"
 
 
 def write(name: str, scores: Mapping[str, float], folder: Path) -> None:
@@ -85,7 +85,7 @@ def write(name: str, scores: Mapping[str, float], folder: Path) -> None:
 
 def tables(scores: Mapping[str, Mapping[str, float]]) -> str:
     """The whole README.md; a model without scores has no row."""
-    titles = ["model", "guidance", *PICTURES.values(), "s a picture"]
+    titles = ["model", "guidance", "pictures", *PICTURES.values(), "s a picture"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     lines += [row(name, scores[name]) for name in ("world-sd", "world-sd3", "world-flux") if name in scores]
     judge, llava = scores.get("world-judge", {}), scores.get("world-llava", {})
