@@ -77,7 +77,7 @@ def test_scores_of_a_killed_run_are_kept_and_the_cut_line_is_not(effects, tmp_pa
         effects.read(file, {"table": "y"})
 
 
-@pytest.mark.parametrize("name", ["words", "subjects"])
+@pytest.mark.parametrize("name", [pytest.param("words", marks=pytest.mark.slow), "subjects"])
 def test_one_case_of_every_arm(effects, tmp_path, monkeypatch, name):
     from arms import TABLES
 

@@ -98,7 +98,11 @@ def test_every_step_of_a_linear_flow_by_hand(monkeypatch):
 
 
 # ---- the sampler's own inverse ---------------------------------------------------------------------------------------
-SAMPLERS = ["sd15", "sd15-v", "sdxl", "sdxl-trailing", "sd3", "flux"]
+QUICK = ("sd15", "sd3", "flux")
+SAMPLERS = [
+    pytest.param(which, marks=[] if which in QUICK else [pytest.mark.slow])
+    for which in ("sd15", "sd15-v", "sdxl", "sdxl-trailing", "sd3", "flux")
+]
 
 
 def sampler(which: str) -> tuple[Any, str]:
@@ -221,6 +225,7 @@ def test_inverted_references_stand_in_their_rows_in_every_step(name, cfg):
 
 
 # ---- a trained model -------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_pictures_of_the_small_world_come_back(monkeypatch):
     """world-sd, guidance 1: root mean square error against what the autoencoder makes of the picture."""
     from diffusers import StableDiffusionPipeline

@@ -17,7 +17,7 @@ from tests.tiny import denoisers, pipelines
 from .common import Nudge, denoiser_of, difference, latents, predict, state_of
 
 TOGGLES = 5
-QUICK = {("wan", "full", "before"), ("wan", "in place", "after"), ("qwen", "regional", "before")}
+QUICK = {("wan", "in place", "after"), ("qwen", "regional", "before")}
 CASES = [
     pytest.param(name, mode, order, marks=[] if (name, mode, order) in QUICK else [pytest.mark.slow])
     for name in ("sd15", "sd3", "flux", "qwen", "wan")

@@ -233,6 +233,7 @@ def test_scores_are_not_reusable_where_something_cannot_be_hashed() -> None:
     assert Harmonic([with_default(1.0), with_closure(1.0)]).reusable
 
 
+@pytest.mark.slow
 def test_settings_of_functions_do_not_depend_on_the_process() -> None:
     """Sets have another order in each process, unless they are told their seed."""
     script = """

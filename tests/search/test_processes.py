@@ -98,6 +98,7 @@ def launched(file: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(launch, env=environment(), cwd=file.parent, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path: Path, reference: Selection) -> None:
     done = launched(script(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -114,6 +115,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path, reference: Selection)
     assert search.resumed == TOTAL
 
 
+@pytest.mark.slow
 def test_processes_with_different_settings_say_so(tmp_path: Path) -> None:
     done = launched(script(tmp_path, ", steps=2 + int(__import__('os').environ['RANK'])"))
     assert done.returncode != 0

@@ -32,6 +32,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 # ---------------------------------------------------------------------------------------------------- training
 
 
+@pytest.mark.slow
 def test_training_resumes_bit_exactly_in_every_stage(tmp_path: Path) -> None:
     def run(name: str, tower: int, language: int, steps: int) -> dict[str, torch.Tensor]:
         stages = ["--tower-steps", str(tower), "--language-steps", str(language), "--steps", str(steps)]

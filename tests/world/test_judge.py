@@ -281,12 +281,13 @@ def test_prompts_are_unseen_combinations_and_true_of_their_scenes(kind: str) -> 
 
 def test_scores_are_kept_and_shown(tmp_path: Path) -> None:
     judged = {**dict.fromkeys(report.WORDS, 0.5), "scenes": 7, **{f"true_{key}": 1.0 for key in report.PICTURES}}
-    report.write("world-sd3", {"one": 0.875, "guidance": 2.0, "seconds_per_picture": 0.31}, tmp_path)
+    shown = {"guidance": 2.0, "pictures": 1008, "seconds_per_picture": 0.31}
+    report.write("world-sd3", {"one": 0.875, **shown}, tmp_path)
     report.write("world-judge", judged, tmp_path)
-    report.write("world-sd3", {"one": 0.75, "guidance": 2.0, "seconds_per_picture": 0.31}, tmp_path)
+    report.write("world-sd3", {"one": 0.75, **shown}, tmp_path)
     page = (tmp_path / "README.md").read_text()
-    assert "| world-sd3 | 2 | 75.0 |" in page and "87.5" not in page
-    assert "| true scenes |  | 100.0 |" in page and "world-flux" not in page, "no scores, no row"
+    assert "| world-sd3 | 2 | 1008 | 75.0 |" in page and "87.5" not in page
+    assert "| true scenes |  |  | 100.0 |" in page and "world-flux" not in page, "no scores, no row"
     kept = json.loads((tmp_path / "scores.json").read_text())
     assert kept["world-sd3"]["scores"]["one"] == 0.75 and kept["world-judge"]["command"].endswith("judge --write")
 
