@@ -305,4 +305,19 @@ def subjects() -> Table:
     return Table("Pictures that share attention", "world-sd", 1.0, 10, arms, likeness, columns, story=True)
 
 
-TABLES: dict[str, Callable[[], Table]] = {"lengths": lengths, "words": words, "heads": heads, "subjects": subjects}
+def mutual() -> Table:
+    """How far IR-Diffusion may go toward its references: on other pairs of objects than those of the comparison."""
+    arms = {"none": Arm()}
+    for share in (0.9, 0.5, 0.2):
+        own = replace(isolated(2, PLACES), mutual=share)
+        arms[f"IR-Diffusion, both objects, mutual {share:g}"] = Arm(lambda pipe, case, number, own=own: own)
+    return replace(subjects(), title="IR-Diffusion's mutual", arms=arms, split="validation")
+
+
+TABLES: dict[str, Callable[[], Table]] = {
+    "lengths": lengths,
+    "mutual": mutual,
+    "words": words,
+    "heads": heads,
+    "subjects": subjects,
+}
