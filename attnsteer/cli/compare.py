@@ -72,14 +72,17 @@ def add(subparsers: Any) -> None:
     merge = "ask nothing: write the report of the comparison started last in --output, of the answers that are there"
     add("--merge", action="store_true", help=merge)
     add("--output", default="outputs/compare", metavar="DIR", help="for answers and report (default: outputs/compare)")
-    group = parser.add_argument_group("real pictures")
+    _add_pictures(parser.add_argument_group("real pictures"))
+    parser.set_defaults(unsaid={name: parser.get_default(name) for name in PLANNED})
+
+
+def _add_pictures(group: Any) -> None:
     add = group.add_argument
     add("--images", type=Path, metavar="DIR", help="pictures, instead of the small world")
     add("--instances", type=Path, metavar="FILE", help="their objects, in COCO's format")
     add("--captions-gt", type=Path, metavar="FILE", help="captions by people, in COCO's format")
     add("--questions", type=Path, action="append", default=[], metavar="FILE", help="POPE's questions (repeatable)")
     add("--prompt", metavar="TEXT", help="what to ask for a description")
-    parser.set_defaults(unsaid={name: parser.get_default(name) for name in PLANNED})
 
 
 def run(given: argparse.Namespace) -> int:

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from attnsteer.compare import lmms, world
+from attnsteer.cli import lmms
+from attnsteer.compare import world
 from attnsteer.errors import SteeringError
 from tests.test_looking import world as loaded
 

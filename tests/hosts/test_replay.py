@@ -122,6 +122,18 @@ def doubles(name: str, batch: int = 2) -> tuple[Any, dict[str, Any]]:
     return model.double(), {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
 
 
+def _equal_alone(
+    model: Any, inputs: dict[str, Any], variants: list[list[Processor]], logits: torch.Tensor, tokens: torch.Tensor
+) -> None:
+    """Two rows of each variant are what the model gives with this variant attached."""
+    once = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    for number, processors in enumerate(variants):
+        rows = slice(2 * number, 2 * number + 2)
+        with attnsteer.attach(model, variants=[processors]):
+            torch.testing.assert_close(logits[rows], model.generate(**inputs, **once).logits[0], rtol=1e-5, atol=1e-5)
+            assert torch.equal(tokens[rows], model.generate(**inputs, **GREEDY))
+
+
 @pytest.mark.parametrize("name", CAUSAL)
 def test_variants_of_one_prefill_equal_a_generation_each(name: str) -> None:
     model, inputs = doubles(name)
@@ -130,13 +142,10 @@ def test_variants_of_one_prefill_equal_a_generation_each(name: str) -> None:
     before = state_of(model)
     logits, tokens = ready.logits(variants=VARIANTS), ready.generate(variants=VARIANTS, **GREEDY)
     assert state_of(model) == before
-    once = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    _equal_alone(model, inputs, ALONE, logits, tokens)
     for number, processors in enumerate(ALONE):
-        rows = slice(2 * number, 2 * number + 2)
-        with attnsteer.attach(model, variants=[processors]):
-            torch.testing.assert_close(logits[rows], model.generate(**inputs, **once).logits[0], rtol=1e-5, atol=1e-5)
-            assert torch.equal(tokens[rows], model.generate(**inputs, **GREEDY))
-        torch.testing.assert_close(logits[rows], ready.logits(*processors), rtol=1e-5, atol=1e-5)
+        expected = ready.logits(*processors)
+        torch.testing.assert_close(logits[2 * number : 2 * number + 2], expected, rtol=1e-5, atol=1e-5)
     assert len({tuple(row) for row in logits[::2].tolist()}) == 4  # five variants, of which two are plain
 
 
@@ -193,12 +202,7 @@ def test_what_the_class_token_looked_at_stays_with_the_prefill(named: bool) -> N
     tokens, beams = ready.generate(variants=variants, **GREEDY), ready.generate(PAINTS[0], **GREEDY, num_beams=2)
     logits = ready.logits(variants=variants)
     assert len(passes) == 2  # the prompt, and once more for what nobody had named
-    once = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    for number, processors in enumerate(alone):
-        rows = slice(2 * number, 2 * number + 2)
-        with attnsteer.attach(model, variants=[processors]):
-            torch.testing.assert_close(logits[rows], model.generate(**inputs, **once).logits[0], rtol=1e-5, atol=1e-5)
-            assert torch.equal(tokens[rows], model.generate(**inputs, **GREEDY))
+    _equal_alone(model, inputs, alone, logits, tokens)
     with attnsteer.steer(model, PAINTS[0]):
         assert torch.equal(beams, model.generate(**inputs, **GREEDY, num_beams=2))
     assert not torch.equal(logits[:2], logits[2:4])

@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from ..compare.methods import BASELINE
+from ..compare.samples import Sample
 from ..errors import SteeringError
-from .methods import BASELINE
-from .samples import Sample
 
 if TYPE_CHECKING:
-    from .answering import Answerer
-    from .methods import Method
+    from ..compare.answering import Answerer
+    from ..compare.methods import Method
 
 NAME, CLASS = "attnsteer", "AttnSteer"
 LIMIT = 1024
@@ -146,9 +146,9 @@ def _model_class() -> type[Any]:
             batch_size: int | str = 1,
             max_batch_size: int | None = None,
         ) -> None:
-            from ..cli import models
-            from ..cli.compare import local_device, parsed
-            from .answering import Answerer
+            from ..compare.answering import Answerer
+            from . import models
+            from .compare import local_device, parsed
 
             super().__init__()
             if not str(batch_size).isdecimal() or int(batch_size) < 1:
