@@ -223,11 +223,16 @@ def heads() -> Table:
     def chosen(where: Callable[[Any, int], Where]) -> Make:
         return lambda pipe, case, number: replace(own, where=where(attnsteer.sites(pipe), number))
 
-    name = f"SoftPAG, {TOP} searched heads"
+    middle = Where(layers=[3])
+    pag, name = "PAG, middle layer", f"SoftPAG, {TOP} searched heads"
     arms = {
         "none": Arm(),
         "CFG": Arm(guidance=assets.call("StableDiffusion3Pipeline")["guidance_scale"]),
-        "PAG, middle layer": Arm(lambda pipe, case, number: PAG(Where(layers=[3]), scale=SCALE)),
+        pag: Arm(lambda pipe, case, number: PAG(middle, scale=SCALE)),
+        "PAG, as many random heads": Arm(
+            lambda pipe, case, number: PAG(random_heads(middle, attnsteer.sites(pipe), number), scale=SCALE),
+            control=pag,
+        ),
         name: Arm(lambda pipe, case, number: own),
         f"SoftPAG, {TOP} random heads": Arm(chosen(lambda sites, n: random_heads(own.where, sites, n)), control=name),
         "SoftPAG, all heads of these layers": Arm(chosen(lambda sites, n: all_heads(own.where, sites)), control=name),
@@ -297,6 +302,9 @@ def subjects() -> Table:
         own: Arm(lambda pipe, case, number: shared([REFERENCE, REFERENCE])),
         f"{own}: keys beside the objects": Arm(lambda pipe, case, number: shared([ASIDE, ASIDE]), control=own),
         one: Arm(lambda pipe, case, number: isolated(1, PLACES[:1]), rows=(0, 2)),
+        f"{one}: at the other's place": Arm(
+            lambda pipe, case, number: isolated(1, PLACES[1:]), control=one, rows=(0, 2)
+        ),
         two: Arm(lambda pipe, case, number: isolated(2, PLACES)),
         f"{two}: exchanged": Arm(lambda pipe, case, number: isolated(2, PLACES[::-1]), control=two),
     }

@@ -14,10 +14,14 @@ from ..attach import attach, sites
 from ..chat import question_inputs
 from ..digests import tensor_digest
 from ..errors import SteeringError
+from ..hosts.replay import prefill, refusals
 from ..hosts.vision import seen_once
 from ..lines import identity
 from .methods import Method
 from .samples import Sample
+
+SHORT = 32
+"""Most tokens of a short answer, of which the prompt is nearly all the work."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +111,46 @@ class Answerer:
             found = methods[0].around.answers(self.model, self.processor, pictures, questions, limit=limit)
             return [self._answers([each.tokens for each in found], limit)]
         inputs = question_inputs(self.processor, pictures, questions).to(self.model.device, self.model.dtype)
+        with seen_once(self.model, len(methods)):
+            found = self._from_one_prefill(methods, inputs, limit)
+            found |= self._in_lockstep([m for m in methods if m.label not in found], inputs, limit)
+        return [found[method.label] for method in methods]
+
+    def _from_one_prefill(
+        self, methods: Sequence[Method], inputs: Mapping[str, Any], limit: int
+    ) -> dict[str, list[Answer]]:
+        """Short answers by those methods that change no row of a prompt but its last: all others are computed once.
+
+        Long answers stay in the batch of all methods: a second batch would take as long to decode wherever memory is
+        what bounds decoding.
+        """
+        sharing = [method for method in methods if not any(map(refusals, method.processors))]
+        if limit > SHORT or len(sharing) < 2:
+            return {}
+        processors = [processor for method in sharing for processor in method.processors]
+        try:
+            ready = prefill(self.model, *processors, processor=self.processor, **inputs)
+        except SteeringError:  # a prompt that is read in both directions
+            return {}
+        out = ready.generate(variants=[method.processors for method in sharing], **_greedy(limit))
+        return self._by_method(sharing, out, inputs, limit)
+
+    def _in_lockstep(self, methods: Sequence[Method], inputs: Mapping[str, Any], limit: int) -> dict[str, list[Answer]]:
+        """Answers by methods that are rows of one batch from the start."""
+        if not methods:
+            return {}
         rows = {name: _repeated(value, len(methods)) for name, value in inputs.items()}
-        with self._steered(methods), seen_once(self.model, len(methods)):
-            out = self.model.generate(**rows, max_new_tokens=limit, do_sample=False, num_beams=1)
-        answers = self._answers(out[:, rows["input_ids"].shape[1] :].tolist(), limit)
-        return [answers[start : start + len(samples)] for start in range(0, len(answers), len(samples))]
+        with self._steered(methods):
+            out = self.model.generate(**rows, **_greedy(limit))
+        return self._by_method(methods, out, inputs, limit)
+
+    def _by_method(
+        self, methods: Sequence[Method], out: Any, inputs: Mapping[str, Any], limit: int
+    ) -> dict[str, list[Answer]]:
+        """Generated rows, one block for each method, as its answers."""
+        batch, prompt = inputs["input_ids"].shape
+        answers = self._answers(out[:, prompt:].tolist(), limit)
+        return {method.label: answers[n * batch : (n + 1) * batch] for n, method in enumerate(methods)}
 
     def _answers(self, new: Sequence[Sequence[int]], limit: int) -> list[Answer]:
         """What generated tokens say."""
@@ -119,6 +158,10 @@ class Answerer:
         cut = [_cut(row, ends, limit) for row in new]
         texts = self.processor.batch_decode([ids for ids, _ in cut], skip_special_tokens=True)
         return [Answer(text.strip(), ids, end) for text, (ids, end) in zip(texts, cut, strict=True)]
+
+
+def _greedy(limit: int) -> dict[str, Any]:
+    return {"max_new_tokens": limit, "do_sample": False, "num_beams": 1}
 
 
 def _repeated(value: Any, times: int) -> Any:

@@ -175,9 +175,14 @@ class ClassAttention:
 def _by_prompt(rows: Tensor, counts: Sequence[int]) -> Tensor:
     """``(pictures, patches)`` of the tower, dealt to prompts of ``counts`` image tokens each: ``(B, K, patches)``.
 
+    Equal blocks of prompts may share the pictures of the first (``vision.seen_once``).
+
     Raises:
         SteeringError: where an image token is not a patch.
     """
+    blocks = max(1, sum(counts) // max(1, rows.numel()))
+    if list(counts) == list(counts[: len(counts) // blocks]) * blocks:
+        rows = rows.repeat(blocks, 1)
     total, patches = rows.shape
     if any(count % patches for count in counts) or sum(counts) != total * patches:
         raise SteeringError(

@@ -116,7 +116,7 @@ class Prefill:
                 is an input; or assisted decoding, by the options or by a generation config.
         """
         given = rows_given(processors, variants) if processors or variants is not None else [[]]
-        reasons = [reason for processor in _each(given) for reason in _refusals(processor)]
+        reasons = [reason for processor in _each(given) for reason in refusals(processor)]
         reasons += [f"{name}= was given to prefill already." for name in options if name in self._inputs]
         reasons += [
             f"Assisted decoding ({name}) counts on a cache of the whole prompt, but a Prefill keeps all but the last "
@@ -232,7 +232,8 @@ def _each(given: Sequence[Sequence[Processor]]) -> Iterator[Processor]:
     return (processor for row in given for processor in row)
 
 
-def _refusals(processor: Processor) -> list[str]:
+def refusals(processor: Processor) -> list[str]:
+    """Why a processor cannot share a prefill with others; empty where it can."""
     if processor.last_row_only or processor.inert:
         return []
     name = type(processor).__name__
