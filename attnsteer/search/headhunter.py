@@ -8,8 +8,8 @@ quality k=24, rounds=1, w=3, u=0.25, 20 pairs; FLUX.1-dev w=8, 15 steps, 512 px.
 
 Cost: ``M sum_r (N - k (r - 1))`` pictures of ``steps`` forwards, and of as many shorter ones from the first perturbed
 layer on. Candidates run as rows of one batch, sorted by that layer; those of one batch fork in groups
-(``attnsteer.fork``). The first step's conditional forward is the same for all candidates of a pair and is *not* shared:
-it is one of ``steps``.
+(``attnsteer.fork``). The first step's conditional forward is the same for all candidates of a pair and is computed once
+for those of a batch (``attnsteer.hosts.twins``).
 """
 
 from __future__ import annotations

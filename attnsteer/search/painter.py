@@ -14,6 +14,7 @@ from ..attach import attach, attached_to
 from ..digests import plain_config, tensor_digest, weights_of
 from ..errors import SteeringError
 from ..hosts.base import Call, intercept
+from ..hosts.twins import first_forward_once
 from ..hosts.worlds import is_pipeline
 from ..plain import encode
 from ..processor import Processor
@@ -78,7 +79,8 @@ class Painter:
     def __call__(self, jobs: Sequence[Job]) -> list[Any]:
         """8-bit PIL pictures of the jobs, made in one batch."""
         perturbing = {job.heads: self._variant(job.heads) for job in jobs}
-        with attach(self.pipe, variants=[perturbing[job.heads] for job in jobs]):
+        kinds = [(job.prompt, job.seed) if "perturbed" in self.processor.lanes else n for n, job in enumerate(jobs)]
+        with first_forward_once(self.pipe, kinds), attach(self.pipe, variants=[perturbing[job.heads] for job in jobs]):
             output = self.pipe(
                 prompt=[job.prompt for job in jobs],
                 generator=[torch.Generator().manual_seed(job.seed) for job in jobs],

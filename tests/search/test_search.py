@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ import torch
 
 import attnsteer
 from attnsteer import SteeringError, Where
+from attnsteer.hosts import denoisers
+from attnsteer.hosts.base import intercept
+from attnsteer.hosts.worlds import models_of
 from attnsteer.processors import PAG, SEG, SoftPAG
-from attnsteer.search import Head, HeadHunter, Selection, generations
+from attnsteer.search import Head, HeadHunter, Selection, generations, painter
 from attnsteer.search.headhunter import Progress
 from attnsteer.search.painter import Job
 from attnsteer.search.selection import where_of
@@ -108,6 +112,29 @@ def test_batches_fork_at_the_first_perturbed_layer_and_no_batch_is_smaller_than_
     assert flat == sorted(flat)
     assert {len(batch) for batch in layers} == {8}
     assert sum(len(set(batch)) > 1 for batch in layers) <= 3, "at most one batch for each border between layers"
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])
+def test_the_first_forward_computes_one_row_for_each_pair(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    search, (model,) = hunter(name), models_of(pipe(name))
+    last = denoisers.stages(model, denoisers.family_of(model))[-1][1]
+    jobs = [Job((head,), prompt, seed) for prompt, seed in PAIRS for head in search.pool[:3]]
+    rows: list[int] = []
+
+    def note(call: Any, args: Any, kwargs: Any) -> Any:
+        rows.append(next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)).shape[0])
+        return call(*args, **kwargs)
+
+    restore = intercept(last, note)
+    once = search.painter(jobs)
+    restore()
+    assert rows[0] == len(PAIRS)
+    assert rows.count(len(jobs)) == 2 * search.painter.steps - 1, "the other forwards, perturbed or not, have all rows"
+    monkeypatch.setattr(painter, "first_forward_once", lambda pipe, kinds: nullcontext())
+    for one, other in zip(once, search.painter(jobs), strict=True):
+        assert (
+            np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max() <= 1
+        )  # of 255: another batch size
 
 
 def test_every_prompt_is_encoded_once_and_the_pipeline_is_left_as_it_was() -> None:
