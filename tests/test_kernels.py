@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attnsteer import kernels
 from attnsteer.errors import SteeringError
 from attnsteer.kernels import attend_with_lse, flex, merge, reference, sdpa, xformers
 
@@ -147,6 +148,18 @@ def test_backends_answer_can_i_without_running():
     assert sdpa.reasons(q, q, q, None, False) == []
     assert any("cuda only" in reason for reason in xformers.reasons(q, q, q, None, False))
     assert any("compile" in reason for reason in flex.reasons(q, q, q, None, False))
+
+
+def test_a_forced_backend_computes_or_says_why_it_cannot():
+    q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
+    with kernels.use("sdpa"):
+        assert kernels.choose(q, k, v, None, False) is kernels.sdpa
+        with pytest.raises(SteeringError, match="builds the whole map") as error, kernels.use("flex"):
+            kernels.attend_with_lse(q, k, v)
+        assert not any(reason.startswith(("sdpa", "xformers")) for reason in error.value.reasons)
+        assert kernels.choose(q, k, v, None, False) is kernels.sdpa
+    with pytest.raises(SteeringError, match="sdpa, xformers, flex"), kernels.use("flash"):
+        pass
 
 
 def test_no_map_is_allocated():

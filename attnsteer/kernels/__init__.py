@@ -9,11 +9,14 @@ Shapes: q ``(B, H, Nq, D)``; k ``(B, Hkv, Nk, D)`` and v ``(B, Hkv, Nk, Dv)`` un
 ``h // (H / Hkv)``); mask bool (True = keep) or additive float, broadcastable to ``(B, H, Nq, Nk)``; a causal flag
 means that query i sees the keys up to ``i + Nk - Nq``. The output is ``(B, H, Nq, Dv)`` in the dtype of q; lse is
 ``(B, H, Nq)``, natural log, float32 (float64 for float64 input). A row without a visible key has output 0 and lse -inf.
+
+``with kernels.use("xformers"):`` forces a backend; ``benchmarks/speed/kernels.py`` measures which is fastest where.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
@@ -22,18 +25,41 @@ from torch import Tensor
 from ..errors import SteeringError
 from . import flex, sdpa, xformers
 
-BACKENDS = (sdpa, xformers, flex)
+BACKENDS = {"sdpa": sdpa, "xformers": xformers, "flex": flex}
 """In order of preference. ``reference`` is no backend: it builds the map."""
+_allowed: tuple[ModuleType, ...] = tuple(BACKENDS.values())
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Inside, only this backend computes what needs a log-sum-exp; where it cannot, that is an error.
+
+    The model's own attention calls keep the kernel that the user chose for them.
+
+    Args:
+        name: of ``BACKENDS``.
+
+    Raises:
+        SteeringError: there is no such backend.
+    """
+    global _allowed
+    if name not in BACKENDS:
+        raise SteeringError(f"There is no kernel backend {name!r}; there are {', '.join(BACKENDS)}.")
+    before, _allowed = _allowed, (BACKENDS[name],)
+    try:
+        yield
+    finally:
+        _allowed = before
 
 
 def choose(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> ModuleType:
-    """The first backend that can take these tensors.
+    """The first backend that is allowed and can take these tensors.
 
     Raises:
         SteeringError: none can; one reason per backend and obstacle.
     """
     obstacles = []
-    for backend in BACKENDS:
+    for backend in _allowed:
         found = backend.reasons(q, k, v, mask, is_causal)
         if not found:
             return backend
