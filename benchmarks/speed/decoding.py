@@ -183,7 +183,9 @@ def idle(teller: tellers.Teller, options: argparse.Namespace) -> dict[str, Any]:
     early = "PAI in prefill alone"
     cases[early] = lambda: answer(teller, options.tokens, options.device, [PAI(Where(steps="prefill"))])
     most = IDLE[options.device]
-    ratios = [Ratio(f"{name}: {part}", f"plain: {part}", most=most) for name in neutral for part in ("prefill", "decode")]
+    ratios = [
+        Ratio(f"{name}: {part}", f"plain: {part}", most=most) for name in neutral for part in ("prefill", "decode")
+    ]
     ratios += [Ratio(f"{early}: decode", "plain: decode", most=most)]
     return measure.report(f"idle-{teller.name}", options, cases, ratios, _settings(teller, options))
 

@@ -5,8 +5,8 @@
 
 Speed and memory do not depend on what the weights say, so nothing is downloaded. Denoisers have the layers, channels
 and heads of the published configurations. Text encoders are as wide as the published ones but shallow, with the
-tokenizers of the embedded models, and the autoencoder is tiny: neither is part of what is measured, and the scripts ask
-for latents. ``--scale`` takes fewer heads (and with them fewer channels) in every layer, for machines without a GPU.
+tokenizers of the embedded models, and the autoencoder is tiny: neither is part of what is measured, and most scripts
+ask for latents. ``--scale`` takes fewer heads (and with them fewer channels) in every layer, for lack of a GPU.
 """
 
 from __future__ import annotations
@@ -24,13 +24,11 @@ from attnsteer.world import assets
 EMBEDDED = ("world-sd", "world-sd3", "world-flux")
 PUBLISHED = ("sd15", "sdxl", "sd3", "flux")
 NAMES = EMBEDDED + PUBLISHED
-PIXELS = {"sd15": 512, "sdxl": 1024, "sd3": 1024, "flux": 1024}
-"""Height and width that the published models are made for; embedded ones know theirs."""
-GUIDED_BY = {"FluxPipeline": "true_cfg_scale"}
-"""The argument for classifier-free guidance where it is not ``guidance_scale``."""
+PIXELS = {**dict.fromkeys(EMBEDDED, 64), "sd15": 512, "sdxl": 1024, "sd3": 1024, "flux": 1024}
+"""Height and width that the models are made for."""
 
 
-def options(parser: argparse.ArgumentParser, models: str, scale: float, size: int | None, steps: int) -> None:
+def options(parser: argparse.ArgumentParser, models: str, steps: int, scale: float = 1.0, size: int = 512) -> None:
     """The options of scripts that run pipelines.
 
     Args:
@@ -40,32 +38,30 @@ def options(parser: argparse.ArgumentParser, models: str, scale: float, size: in
     parser.add_argument("--model", nargs="+", choices=NAMES, default=models.split(), help=f"default: {models}")
     smaller = f"fraction of the heads of published layouts (default: 1 on a GPU, {scale:g} on a CPU)"
     parser.add_argument("--scale", type=float, help=smaller)
-    pixels = f"height and width (default: the model's own on a GPU, {size or 'that too'} on a CPU)"
+    pixels = f"height and width (default: the model's own; of published layouts on a CPU {size})"
     parser.add_argument("--size", type=int, help=pixels)
     parser.add_argument("--steps", type=int, default=steps, help="denoising steps (default: %(default)s)")
     parser.set_defaults(small=(scale, size))
 
 
-def from_options(name: str, given: argparse.Namespace) -> tuple[Any, int | None, dict[str, Any]]:
-    """The pipeline, its height and width (None: its own), and what the log says about it."""
-    small, pixels = given.small if given.device == "cpu" else (1.0, None)
-    scale = small if given.scale is None else given.scale
-    size = given.size or (None if name in EMBEDDED else pixels or PIXELS[name])
-    pipe = build(name, given.device, given.dtype, scale)
-    says = {"model": name, "steps": given.steps, "pixels": size or int(pipe.default_sample_size * pipe.vae_scale_factor)}
-    return pipe, size, says if name in EMBEDDED or scale == 1 else {**says, "scale": scale}
+def from_options(name: str, given: argparse.Namespace) -> tuple[Any, int, dict[str, Any]]:
+    """The pipeline, its height and width, and what the log says about it."""
+    smaller = given.device == "cpu" and name in PUBLISHED
+    scale, size = given.small if smaller else (1.0, PIXELS[name])
+    scale, size = given.scale or scale, given.size or size
+    says = {"model": name, "steps": given.steps, "pixels": size, **({"scale": scale} if name in PUBLISHED else {})}
+    return build(name, given.device, given.dtype, scale), size, says
 
 
 # ---- pipelines -------------------------------------------------------------------------------------------------------
 def build(name: str, device: str = "cpu", dtype: str = "float32", scale: float = 1.0) -> Any:
     """A new pipeline without progress bar; the same weights every time."""
+    quiet()
     kind = getattr(torch, dtype)
     if name in EMBEDDED:
         from diffusers import DiffusionPipeline
 
         pipe = DiffusionPipeline.from_pretrained(assets.path(f"models/{name}"), dtype=kind).to(device)
-        size = assets.CALLS[type(pipe).__name__].get("height")
-        pipe.default_sample_size = size // pipe.vae_scale_factor if size else pipe.default_sample_size
     else:
         torch.manual_seed(0)
         with made_as(device, kind):
@@ -76,6 +72,16 @@ def build(name: str, device: str = "cpu", dtype: str = "float32", scale: float =
             part.eval()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def quiet() -> None:
+    """No progress bars and no advice among the tables."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
 
 
 @contextmanager
@@ -99,6 +105,11 @@ def scaled(heads: int, scale: float) -> int:
     return max(1, round(heads * scale))
 
 
+def width(channels: int, scale: float) -> int:
+    """Channels of texts, a multiple of 8."""
+    return 8 * scaled(channels // 8, scale)
+
+
 def sd15(scale: float) -> Any:
     """Stable Diffusion 1.5."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -108,15 +119,16 @@ def sd15(scale: float) -> Any:
         sample_size=64,
         block_out_channels=(40 * heads, 80 * heads, 160 * heads, 160 * heads),
         attention_head_dim=heads,  # diffusers' historical name for the number of heads
-        cross_attention_dim=768,
+        cross_attention_dim=width(768, heads / 8),
         norm_num_groups=math.gcd(32, 40 * heads),
     )
     return StableDiffusionPipeline(
         vae=autoencoder(4),
-        text_encoder=clip(768, 12),
+        text_encoder=clip(width(768, heads / 8)),
         tokenizer=clip_tokenizer(),
         unet=unet,
-        scheduler=DDIMScheduler(
+        scheduler=scheduler(
+            DDIMScheduler,
             beta_start=0.00085,
             beta_end=0.012,
             beta_schedule="scaled_linear",
@@ -130,12 +142,11 @@ def sd15(scale: float) -> Any:
     )
 
 
-def sdxl(scale: float) -> Any:
-    """Stable Diffusion XL."""
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+def sdxl_unet(heads: int) -> Any:
+    from diffusers import UNet2DConditionModel
 
-    heads = scaled(5, scale)
-    unet = UNet2DConditionModel(
+    small, large = width(768, heads / 5), width(1280, heads / 5)
+    return UNet2DConditionModel(
         sample_size=128,
         block_out_channels=(64 * heads, 128 * heads, 256 * heads),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -143,19 +154,26 @@ def sdxl(scale: float) -> Any:
         attention_head_dim=(heads, 2 * heads, 4 * heads),
         transformer_layers_per_block=(1, 2, 10),
         use_linear_projection=True,
-        cross_attention_dim=2048,
+        cross_attention_dim=small + large,
         addition_embed_type="text_time",
         addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=6 * 256 + 1280,
+        projection_class_embeddings_input_dim=6 * 256 + large,
     )
+
+
+def sdxl(scale: float) -> Any:
+    """Stable Diffusion XL."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+    heads = scaled(5, scale)
     return StableDiffusionXLPipeline(
         vae=autoencoder(4),
-        text_encoder=clip(768, 12),
-        text_encoder_2=clip(1280, 20, 1280),
+        text_encoder=clip(width(768, heads / 5)),
+        text_encoder_2=clip(width(1280, heads / 5), projected=True),
         tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer(),
-        unet=unet,
-        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        unet=sdxl_unet(heads),
+        scheduler=scheduler(EulerDiscreteScheduler, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
         add_watermarker=False,
     )
 
@@ -165,6 +183,7 @@ def sd3(scale: float) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     heads = scaled(24, scale)
+    small, large, wide = (width(channels, heads / 24) for channels in (768, 1280, 4096))
     transformer = SD3Transformer2DModel(
         sample_size=128,
         patch_size=2,
@@ -174,19 +193,19 @@ def sd3(scale: float) -> Any:
         num_attention_heads=heads,
         attention_head_dim=64,
         caption_projection_dim=64 * heads,
-        joint_attention_dim=4096,
-        pooled_projection_dim=2048,
+        joint_attention_dim=wide,
+        pooled_projection_dim=small + large,
         pos_embed_max_size=192,
     )
     return StableDiffusion3Pipeline(
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=scheduler(FlowMatchEulerDiscreteScheduler, shift=3.0),
         vae=autoencoder(16),
-        text_encoder=clip(768, 12, 768),
+        text_encoder=clip(small, projected=True),
         tokenizer=clip_tokenizer(),
-        text_encoder_2=clip(1280, 20, 1280),
+        text_encoder_2=clip(large, projected=True),
         tokenizer_2=clip_tokenizer(),
-        text_encoder_3=t5(4096),
+        text_encoder_3=t5(wide),
         tokenizer_3=t5_tokenizer(256),
     )
 
@@ -195,24 +214,26 @@ def flux(scale: float) -> Any:
     """FLUX.1-dev."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
+    heads = scaled(24, scale)
+    small, wide = width(768, heads / 24), width(4096, heads / 24)
     transformer = FluxTransformer2DModel(
         patch_size=1,
         in_channels=64,
         num_layers=19,
         num_single_layers=38,
-        num_attention_heads=scaled(24, scale),
+        num_attention_heads=heads,
         attention_head_dim=128,
-        joint_attention_dim=4096,
-        pooled_projection_dim=768,
+        joint_attention_dim=wide,
+        pooled_projection_dim=small,
         guidance_embeds=True,
         axes_dims_rope=(16, 56, 56),
     )
     return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        scheduler=scheduler(FlowMatchEulerDiscreteScheduler, shift=3.0, use_dynamic_shifting=True),
         vae=autoencoder(16),
-        text_encoder=clip(768, 12),
+        text_encoder=clip(small),
         tokenizer=clip_tokenizer(),
-        text_encoder_2=t5(4096),
+        text_encoder_2=t5(wide),
         tokenizer_2=t5_tokenizer(512),
         transformer=transformer,
     )
@@ -222,6 +243,12 @@ PIPELINES: dict[str, Callable[[float], Any]] = {made.__name__: made for made in 
 
 
 # ---- what stands around the denoiser ---------------------------------------------------------------------------------
+def scheduler(kind: Any, **config: Any) -> Any:
+    """Schedules are made on the CPU and in float32, wherever the model is."""
+    with made_as("cpu", torch.float32):
+        return kind(**config)
+
+
 def autoencoder(channels: int) -> Any:
     from diffusers import AutoencoderKL
 
@@ -236,31 +263,29 @@ def autoencoder(channels: int) -> Any:
     )
 
 
-def clip(width: int, heads: int, projection: int | None = None) -> Any:
+def clip(channels: int, projected: bool = False) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     tokenizer = clip_tokenizer()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=width,
+        hidden_size=channels,
+        intermediate_size=channels,
         num_hidden_layers=2,
-        num_attention_heads=heads,
-        projection_dim=projection or width,
+        num_attention_heads=1 if channels % 64 else channels // 64,
+        projection_dim=channels,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
+    return CLIPTextModelWithProjection(config) if projected else CLIPTextModel(config)
 
 
-def t5(width: int) -> Any:
+def t5(channels: int) -> Any:
     from transformers import T5Config, T5EncoderModel
 
-    vocabulary = len(t5_tokenizer(1))
-    return T5EncoderModel(
-        T5Config(vocab_size=vocabulary, d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=1)
-    )
+    words = len(t5_tokenizer(1))
+    return T5EncoderModel(T5Config(vocab_size=words, d_model=channels, d_kv=8, d_ff=16, num_layers=1, num_heads=1))
 
 
 def clip_tokenizer() -> Any:
@@ -276,47 +301,62 @@ def t5_tokenizer(length: int) -> Any:
 
 
 # ---- calls -----------------------------------------------------------------------------------------------------------
+def t5_length(pipe: Any) -> int | None:
+    """How many tokens of T5 the denoiser sees; None where there is no T5."""
+    if hasattr(pipe, "tokenizer_3"):
+        return assets.CALLS["StableDiffusion3Pipeline"]["max_sequence_length"] if embedded(pipe) else 256
+    if hasattr(pipe, "transformer"):
+        return assets.CALLS["FluxPipeline"]["max_sequence_length"] if embedded(pipe) else 512
+    return None
+
+
+def embedded(pipe: Any) -> bool:
+    return bool(pipe.tokenizer.model_max_length < 77)
+
+
 def texts(pipe: Any, rows: int, guided: bool) -> dict[str, torch.Tensor]:
     """Random text embeddings in place of prompts, as arguments of the pipeline's call."""
-    model = denoiser(pipe)
-    kind, config = type(pipe).__name__, model.config
-    if kind == "FluxPipeline":
-        length, width = 512 if config.guidance_embeds else 32, config.joint_attention_dim
-    elif kind == "StableDiffusion3Pipeline":
-        placeholder = config.joint_attention_dim < 4096  # world-sd3, called with one token of T5
-        length, width = pipe.tokenizer_max_length + (1 if placeholder else 256), config.joint_attention_dim
-    else:
-        length, width = pipe.tokenizer.model_max_length, config.cross_attention_dim
-    shapes: dict[str, tuple[int, ...]] = {"prompt_embeds": (rows, length, width)}
-    if kind != "StableDiffusionPipeline":
-        projection = config.get("pooled_projection_dim") or 1280
-        shapes["pooled_prompt_embeds"] = (rows, projection)
+    model, length = denoiser(pipe), pipe.tokenizer.model_max_length
+    if hasattr(pipe, "transformer"):  # of FLUX T5 alone, of SD3 behind CLIP
+        length = (length if hasattr(pipe, "tokenizer_3") else 0) + (t5_length(pipe) or 0)
+    pooled = getattr(model.config, "pooled_projection_dim", None)
+    if getattr(model.config, "addition_embed_type", None):
+        pooled = pipe.text_encoder_2.config.projection_dim
+    channels = model.config.joint_attention_dim if hasattr(pipe, "transformer") else model.config.cross_attention_dim
+    shapes = {"prompt_embeds": (rows, length, channels), **({"pooled_prompt_embeds": (rows, pooled)} if pooled else {})}
     generator = torch.Generator().manual_seed(0)
 
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(model.device, model.dtype)
+    def random(prefix: str) -> dict[str, torch.Tensor]:
+        made = {prefix + name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        return {name: value.to(model.device, model.dtype) for name, value in made.items()}
 
-    found = {name: random(*shape) for name, shape in shapes.items()}
-    return {**found, **{f"negative_{name}": random(*shape) for name, shape in shapes.items()}} if guided else found
+    return {**random(""), **(random("negative_") if guided else {})}
 
 
 def painter(
-    pipe: Any, size: int | None, steps: int, guidance: float = 1.0, rows: int = 1, **more: Any
+    pipe: Any, size: int, steps: int, guidance: float = 1.0, rows: int = 1, **more: Any
 ) -> Callable[[], torch.Tensor]:
     """A run of the pipeline from the same noise every time: ``paint() -> latents``.
 
     Args:
         guidance: of classifier-free guidance; 1 is none.
-        more: further arguments of the call; with ``prompt`` the text encoders run, else random embeddings are used.
+        more: further arguments of the call; with a ``prompt`` the text encoders run, else random embeddings are used.
     """
-    call: dict[str, Any] = {"num_inference_steps": steps, "output_type": "latent", **more}
-    call[GUIDED_BY.get(type(pipe).__name__, "guidance_scale")] = guidance
-    side = size or (pipe.default_sample_size * pipe.vae_scale_factor)
-    call |= {"height": side, "width": side}
-    if "prompt" not in call:
+    call = {**arguments(pipe, size, steps, guidance), "output_type": "latent", **more}
+    if call.get("prompt") is None:
         call |= texts(pipe, rows, guidance > 1)
 
     def paint() -> torch.Tensor:
         return pipe(generator=[torch.Generator().manual_seed(row) for row in range(rows)], **call).images
 
     return paint
+
+
+def arguments(pipe: Any, size: int, steps: int, guidance: float = 1.0) -> dict[str, Any]:
+    """Of the pipeline's call, without what is to be painted."""
+    guided_by = (
+        "true_cfg_scale" if hasattr(pipe, "transformer") and not hasattr(pipe, "tokenizer_3") else "guidance_scale"
+    )
+    call = {"num_inference_steps": steps, "height": size, "width": size, guided_by: guidance}
+    length = t5_length(pipe)
+    return {**call, "max_sequence_length": length} if length else call

@@ -51,6 +51,7 @@ def build(name: str, device: str, dtype: str, scale: int = 1, prompt: int = 2048
         scale: what layers, heads and widths are divided by; random weights alone.
         prompt: its tokens, image and text; the embedded model has a prompt of its own.
     """
+    quiet()
     if name == "world-llava":
         made = _world(device, getattr(torch, dtype))
     else:
@@ -69,6 +70,25 @@ def build(name: str, device: str, dtype: str, scale: int = 1, prompt: int = 2048
     return made
 
 
+def speaking(name: str, device: str, dtype: str, scale: int = 1) -> Teller:
+    """A model that can be asked about pictures in words: the embedded one, or LLaVA's layout with random weights and
+    the embedded one's tokenizer, which sees pictures in 576 tokens and answers with random words of it."""
+    quiet()
+    world = _world(device, getattr(torch, dtype))
+    if name == "world-llava":
+        return world
+    made = _llava(device, getattr(torch, dtype), scale, 2048, world.model.config.image_token_id, _vocabulary(world))
+    pixels = world.processor.image_processor
+    pixels.size, pixels.crop_size = {"shortest_edge": 336}, {"height": 336, "width": 336}
+    world.processor.patch_size = 14
+    made.processor = world.processor
+    return made
+
+
+def _vocabulary(world: Teller) -> int:
+    return int(world.model.config.get_text_config().vocab_size)
+
+
 def _world(device: str, dtype: torch.dtype) -> Teller:
     """The embedded model, asked for a description."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -81,6 +101,14 @@ def _world(device: str, dtype: torch.dtype) -> Teller:
     processor = AutoProcessor.from_pretrained(folder)
     inputs = question_inputs(processor, [sampling.sample(0).image()], ["Please describe this image in detail."])
     return Teller("world-llava", model, dict(inputs.to(model.device, dtype)), processor)
+
+
+def quiet() -> None:
+    """No word about generation flags and processor arguments: they come with every answer."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 # ---- random weights --------------------------------------------------------------------------------------------------
@@ -118,13 +146,15 @@ def _prompt(prompt: int, picture: list[int], device: str) -> tuple[Tensor, int]:
     return torch.cat([words[:before], pictures, words[before:]])[None], count
 
 
-def _llava(device: str, dtype: torch.dtype, scale: int, prompt: int) -> Teller:
+def _llava(
+    device: str, dtype: torch.dtype, scale: int, prompt: int, image: int = 32000, vocabulary: int = 32064
+) -> Teller:
     """LLaVA-1.5-7B: Vicuna 7B with a CLIP tower of 24 x 24 patches; several pictures fill the prompt."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    image, side, tower = 32000, 336 // 14, max(scale // 2, 1)
+    side, tower = 336 // 14, max(scale // 2, 1)
     text = LlamaConfig(
-        vocab_size=32064,
+        vocab_size=vocabulary,
         hidden_size=4096 // scale,
         intermediate_size=11008 // scale,
         num_hidden_layers=max(32 // scale, 4),

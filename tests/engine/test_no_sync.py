@@ -80,7 +80,7 @@ READERS: dict[str, attnsteer.Processor] = {
     "VHR": VHR(),
     "PAI": PAI(alpha=0.5),
     "VAF": VAF(),
-    "VAR": replace(LOOSE, where=Where(layers="all"), tau=1.2, floor=0.05, rho=0.1),
+    "VAR": VAR(Where(layers="all"), tau=1.2, floor=0.05, rho=0.1, channels=(3, 11)),
     "GIFT": GIFT(token_selector="all"),
     "PAINT": PAINT(),
 }
@@ -107,6 +107,10 @@ def test_denoising_steps(name: str) -> None:
 def test_decoding_steps(name: str) -> None:
     model, inputs = vlms.build("llava")
     given = inputs(2)
+    with torch.no_grad():
+        plain = model(**given).logits[:, -1]
+        with attnsteer.steer(model, READERS[name]):
+            assert not torch.equal(model(**given).logits[:, -1], plain)
 
     def by_tokens(*methods: Any) -> Counter[str]:
         def run(tokens: int) -> Counter[str]:
