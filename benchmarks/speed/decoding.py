@@ -3,6 +3,7 @@
     python benchmarks/speed/decoding.py --log                                   # LLaVA's layout / 8, on a CPU
     python benchmarks/speed/decoding.py --model world-llava --tokens 64 --log
     python benchmarks/speed/decoding.py --model llava-7b --device cuda --dtype bfloat16 --log
+    python benchmarks/speed/decoding.py --model llava-7b --device cuda --dtype bfloat16 --static --log
     python benchmarks/speed/decoding.py --idle --log                            # attached, with nothing to do
 
 Peers in the same run: plain ``generate`` on sdpa, and eager attention that returns all maps, which is what reference
@@ -136,12 +137,15 @@ def answer(
     watch = Watch(device)
     if maps:
         teller.model.set_attn_implementation("eager")
+    more: dict[str, Any] = {"output_attentions": True} if maps else {}
+    if teller.settings.get("cache") == "static":
+        more["cache_implementation"] = "static"
     try:
         watch.mark()
         attached = attnsteer.attach(teller.model, *processors, processor=teller.processor) if processors else None
         with attached or nullcontext():
             watch.mark()
-            generate(teller, tokens, watch.mark, **({"output_attentions": True} if maps else {}))
+            generate(teller, tokens, watch.mark, **more)
             watch.mark()
     finally:
         if maps:
@@ -167,7 +171,7 @@ def steered(teller: tellers.Teller, options: argparse.Namespace) -> dict[str, An
     ratios += [Ratio(f"{MAPS}: {part}", f"VAR: {part}") for part in ("prefill", "decode")]
     ratios += [Ratio(MAPS, "VAR", what="memory")]
     notes = [proof(teller, chosen["VAR"])]
-    return measure.report(f"decoding-{teller.name}", options, cases, ratios, _settings(teller, options), notes)
+    return measure.report(f"decoding-{_title(teller)}", options, cases, ratios, _settings(teller, options), notes)
 
 
 def idle(teller: tellers.Teller, options: argparse.Namespace) -> dict[str, Any]:
@@ -187,7 +191,11 @@ def idle(teller: tellers.Teller, options: argparse.Namespace) -> dict[str, Any]:
         Ratio(f"{name}: {part}", f"plain: {part}", most=most) for name in neutral for part in ("prefill", "decode")
     ]
     ratios += [Ratio(f"{early}: decode", "plain: decode", most=most)]
-    return measure.report(f"idle-{teller.name}", options, cases, ratios, _settings(teller, options))
+    return measure.report(f"idle-{_title(teller)}", options, cases, ratios, _settings(teller, options))
+
+
+def _title(teller: tellers.Teller) -> str:
+    return f"{teller.name}-static" if teller.settings.get("cache") == "static" else teller.name
 
 
 def _settings(teller: tellers.Teller, options: argparse.Namespace) -> dict[str, Any]:
@@ -201,12 +209,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     add("--scale", type=int, help="divide layers, heads and widths (default: 8 on a CPU, 1 on a GPU)")
     add("--prompt", type=int, default=2048, help="tokens of the prompt (default: %(default)s)")
     add("--tokens", type=int, help="tokens to decode (default: 64 on a CPU, 256 on a GPU)")
+    add("--static", action="store_true", help="a static cache for all")
     add("--idle", action="store_true", help="measure what is attached and has nothing to do")
     options = parser.parse_args(arguments)
     gpu = options.device == "cuda"
     options.scale = options.scale or (1 if gpu or options.model == "world-llava" else 8)
     options.tokens = options.tokens or (256 if gpu else 64)
     teller = tellers.build(options.model, options.device, options.dtype, options.scale, options.prompt)
+    if options.static:
+        teller.settings["cache"] = "static"
     return (idle if options.idle else steered)(teller, options)
 
 
