@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from arms import TABLES, Arm, Case, Table
-from overhead import environment
+from speed.measure import environment
 
 import attnsteer
 from attnsteer.metrics.statistics import Effect, holm, paired_bootstrap

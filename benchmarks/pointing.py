@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from overhead import environment
+from speed.measure import environment
 from torch import Tensor
 
 import attnsteer

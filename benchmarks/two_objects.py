@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from overhead import environment
+from speed.measure import environment
 
 import attnsteer
 from attnsteer import Where

@@ -20,7 +20,7 @@ def effects(monkeypatch):
     import effects
 
     yield effects
-    for name in ("effects", "arms", "overhead"):
+    for name in ("effects", "arms", "speed", "speed.measure"):
         sys.modules.pop(name, None)
 
 

@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import measure
@@ -158,10 +159,10 @@ def answer(
 def steered(teller: tellers.Teller, options: argparse.Namespace) -> dict[str, Any]:
     """The methods beside plain sdpa and eager attention with maps."""
     chosen = methods(teller)
-    cases = {"plain": lambda: answer(teller, options.tokens, options.device)}
-    cases[MAPS] = lambda: answer(teller, options.tokens, options.device, maps=True)
+    cases = {"plain": partial(answer, teller, options.tokens, options.device)}
+    cases[MAPS] = partial(answer, teller, options.tokens, options.device, maps=True)
     for name, method in chosen.items():
-        cases[name] = lambda method=method: answer(teller, options.tokens, options.device, [method])
+        cases[name] = partial(answer, teller, options.tokens, options.device, [method])
     ratios = []
     for name, most in DECODE.items():
         ratios += [Ratio(f"{name}: decode", "plain: decode", most=most)]
@@ -181,11 +182,11 @@ def idle(teller: tellers.Teller, options: argparse.Namespace) -> dict[str, Any]:
         "PAI, alpha 0": PAI(alpha=0.0),
         "VAR, fraction 0": VAR(fraction=0.0, channels=CHANNELS, tau=TAU),
     }
-    cases = {"plain": lambda: answer(teller, options.tokens, options.device)}
+    cases = {"plain": partial(answer, teller, options.tokens, options.device)}
     for name, method in neutral.items():
-        cases[name] = lambda method=method: answer(teller, options.tokens, options.device, [method])
+        cases[name] = partial(answer, teller, options.tokens, options.device, [method])
     early = "PAI in prefill alone"
-    cases[early] = lambda: answer(teller, options.tokens, options.device, [PAI(Where(steps="prefill"))])
+    cases[early] = partial(answer, teller, options.tokens, options.device, [PAI(Where(steps="prefill"))])
     most = IDLE[options.device]
     ratios = [
         Ratio(f"{name}: {part}", f"plain: {part}", most=most) for name in neutral for part in ("prefill", "decode")

@@ -101,48 +101,20 @@ def denoiser(pipe: Any) -> Any:
     return getattr(pipe, "unet", None) or pipe.transformer
 
 
-def scaled(heads: int, scale: float) -> int:
-    return max(1, round(heads * scale))
+# ---- denoisers, as the published config.json has them where ``heads`` is its own -------------------------------------
+def sd15_unet(heads: int = 8) -> Any:
+    from diffusers import UNet2DConditionModel
 
-
-def width(channels: int, scale: float) -> int:
-    """Channels of texts, a multiple of 8."""
-    return 8 * scaled(channels // 8, scale)
-
-
-def sd15(scale: float) -> Any:
-    """Stable Diffusion 1.5."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-
-    heads = scaled(8, scale)
-    unet = UNet2DConditionModel(
+    return UNet2DConditionModel(
         sample_size=64,
         block_out_channels=(40 * heads, 80 * heads, 160 * heads, 160 * heads),
         attention_head_dim=heads,  # diffusers' historical name for the number of heads
         cross_attention_dim=width(768, heads / 8),
         norm_num_groups=math.gcd(32, 40 * heads),
     )
-    return StableDiffusionPipeline(
-        vae=autoencoder(4),
-        text_encoder=clip(width(768, heads / 8)),
-        tokenizer=clip_tokenizer(),
-        unet=unet,
-        scheduler=scheduler(
-            DDIMScheduler,
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
 
 
-def sdxl_unet(heads: int) -> Any:
+def sdxl_unet(heads: int = 5) -> Any:
     from diffusers import UNet2DConditionModel
 
     small, large = width(768, heads / 5), width(1280, heads / 5)
@@ -161,30 +133,11 @@ def sdxl_unet(heads: int) -> Any:
     )
 
 
-def sdxl(scale: float) -> Any:
-    """Stable Diffusion XL."""
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+def sd3_transformer(heads: int = 24) -> Any:
+    from diffusers import SD3Transformer2DModel
 
-    heads = scaled(5, scale)
-    return StableDiffusionXLPipeline(
-        vae=autoencoder(4),
-        text_encoder=clip(width(768, heads / 5)),
-        text_encoder_2=clip(width(1280, heads / 5), projected=True),
-        tokenizer=clip_tokenizer(),
-        tokenizer_2=clip_tokenizer(),
-        unet=sdxl_unet(heads),
-        scheduler=scheduler(EulerDiscreteScheduler, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-        add_watermarker=False,
-    )
-
-
-def sd3(scale: float) -> Any:
-    """Stable Diffusion 3 medium."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-
-    heads = scaled(24, scale)
     small, large, wide = (width(channels, heads / 24) for channels in (768, 1280, 4096))
-    transformer = SD3Transformer2DModel(
+    return SD3Transformer2DModel(
         sample_size=128,
         patch_size=2,
         in_channels=16,
@@ -197,49 +150,105 @@ def sd3(scale: float) -> Any:
         pooled_projection_dim=small + large,
         pos_embed_max_size=192,
     )
-    return StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=scheduler(FlowMatchEulerDiscreteScheduler, shift=3.0),
-        vae=autoencoder(16),
-        text_encoder=clip(small, projected=True),
-        tokenizer=clip_tokenizer(),
-        text_encoder_2=clip(large, projected=True),
-        tokenizer_2=clip_tokenizer(),
-        text_encoder_3=t5(wide),
-        tokenizer_3=t5_tokenizer(256),
-    )
 
 
-def flux(scale: float) -> Any:
-    """FLUX.1-dev."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+def flux_transformer(heads: int = 24) -> Any:
+    from diffusers import FluxTransformer2DModel
 
-    heads = scaled(24, scale)
-    small, wide = width(768, heads / 24), width(4096, heads / 24)
-    transformer = FluxTransformer2DModel(
+    return FluxTransformer2DModel(
         patch_size=1,
         in_channels=64,
         num_layers=19,
         num_single_layers=38,
         num_attention_heads=heads,
         attention_head_dim=128,
-        joint_attention_dim=wide,
-        pooled_projection_dim=small,
+        joint_attention_dim=width(4096, heads / 24),
+        pooled_projection_dim=width(768, heads / 24),
         guidance_embeds=True,
         axes_dims_rope=(16, 56, 56),
     )
+
+
+def scaled(count: int, scale: float) -> int:
+    return max(1, round(count * scale))
+
+
+def width(channels: int, scale: float) -> int:
+    """Channels of texts, a multiple of 8."""
+    return 8 * scaled(channels // 8, scale)
+
+
+# ---- pipelines around them -------------------------------------------------------------------------------------------
+def sd15(scale: float) -> Any:
+    """Stable Diffusion 1.5."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    heads = scaled(8, scale)
+    return StableDiffusionPipeline(
+        vae=autoencoder(4),
+        text_encoder=clip(width(768, heads / 8)),
+        tokenizer=clip_tokenizer(),
+        unet=sd15_unet(heads),
+        scheduler=scheduler(DDIMScheduler, **SCALED_LINEAR, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sdxl(scale: float) -> Any:
+    """Stable Diffusion XL."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+    heads = scaled(5, scale)
+    return StableDiffusionXLPipeline(
+        vae=autoencoder(4),
+        text_encoder=clip(width(768, heads / 5)),
+        text_encoder_2=clip(width(1280, heads / 5), projected=True),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
+        unet=sdxl_unet(heads),
+        scheduler=scheduler(EulerDiscreteScheduler, **SCALED_LINEAR),
+        add_watermarker=False,
+    )
+
+
+def sd3(scale: float) -> Any:
+    """Stable Diffusion 3 medium."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    heads = scaled(24, scale)
+    return StableDiffusion3Pipeline(
+        transformer=sd3_transformer(heads),
+        scheduler=scheduler(FlowMatchEulerDiscreteScheduler, shift=3.0),
+        vae=autoencoder(16),
+        text_encoder=clip(width(768, heads / 24), projected=True),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=clip(width(1280, heads / 24), projected=True),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=t5(width(4096, heads / 24)),
+        tokenizer_3=t5_tokenizer(256),
+    )
+
+
+def flux(scale: float) -> Any:
+    """FLUX.1-dev."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    heads = scaled(24, scale)
     return FluxPipeline(
         scheduler=scheduler(FlowMatchEulerDiscreteScheduler, shift=3.0, use_dynamic_shifting=True),
         vae=autoencoder(16),
-        text_encoder=clip(small),
+        text_encoder=clip(width(768, heads / 24)),
         tokenizer=clip_tokenizer(),
-        text_encoder_2=t5(wide),
+        text_encoder_2=t5(width(4096, heads / 24)),
         tokenizer_2=t5_tokenizer(512),
-        transformer=transformer,
+        transformer=flux_transformer(heads),
     )
 
 
 PIPELINES: dict[str, Callable[[float], Any]] = {made.__name__: made for made in (sd15, sdxl, sd3, flux)}
+SCALED_LINEAR = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 # ---- what stands around the denoiser ---------------------------------------------------------------------------------
@@ -260,6 +269,7 @@ def autoencoder(channels: int) -> Any:
         latent_channels=channels,
         shift_factor=0.1,
         force_upcast=False,
+        mid_block_add_attention=False,
     )
 
 
