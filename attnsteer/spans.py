@@ -59,6 +59,18 @@ class KeySpans:
         if self._questions is not None:
             self._question, self._words = self._questions(ids, self._real)
 
+    def of(self, ids: Tensor, mask: Tensor | None) -> KeySpans:
+        """The spans of another prompt."""
+        other = KeySpans(self._image_mask, self._questions)
+        other.begin(ids, mask)
+        return other
+
+    @property
+    def has_image(self) -> Tensor:
+        """Bool ``(B,)``."""
+        assert self._image is not None
+        return self._image.any(1)
+
     def follow(self, ids: Tensor, seen: int) -> int:
         """Take the tokens of the next forward pass along, of which the cache holds ``seen`` before; gives the total."""
         assert self._image is not None and self._real is not None

@@ -98,7 +98,7 @@ def test_diffusers_pag_pipeline_paints_the_same(speed, name, how, scale):
     ours = idle.steered(plain, pipe, PAG(where, variant=how))
     torch.testing.assert_close(ours(), peer(), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(guidance.without_fork(ours)(), peer(), rtol=1e-3, atol=1e-4)
-    assert not torch.allclose(plain(), peer(), atol=1e-2)
+    assert float((plain() - peer()).abs().max()) > 3e-3
 
 
 def test_diffusers_attend_and_excite_pipeline_paints_the_same(speed):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -95,6 +97,30 @@ def checkpoints(model: torch.nn.Module, carry: Callable[[Call], Call]) -> Iterat
     finally:
         for module, original in zip(found, originals, strict=True):
             vars(module)[attribute] = original
+
+
+class Method:
+    """A method of one model, replaced. A deep copy of the model gets the plain method, bound to the copy."""
+
+    def __init__(self, model: Any, name: str, handler: Callable[..., Any]):
+        self._model, self._name, self._handler = model, name, handler
+        self._previous, self.plain = model.__dict__.get(name), getattr(model, name)
+        functools.update_wrapper(self, self.plain)
+        model.__dict__[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._handler(self.plain, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copy = memo.get(id(self._model))
+        return self.plain if copy is None else types.MethodType(getattr(type(copy), self._name), copy)
+
+    def restore(self) -> None:
+        """Put back what was there, unless somebody has replaced it since."""
+        if self._model.__dict__.get(self._name) is self:
+            del self._model.__dict__[self._name]
+            if self._previous is not None:
+                self._model.__dict__[self._name] = self._previous
 
 
 def take_rows(value: Any, rows: torch.Tensor, batch: int) -> Any:

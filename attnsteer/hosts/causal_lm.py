@@ -8,10 +8,9 @@ prefill or decode, and (3) keeps the token spans in step with the cache.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
-import types
 from collections.abc import Callable, Iterator, Mapping
+from itertools import compress
 from typing import Any
 
 import torch
@@ -25,14 +24,15 @@ from ..scheduler import Rows, merge_edits, plans_of, wanted_sites
 from ..site import Phase, Site, Spans
 from ..spans import KeySpans, spans_of
 from . import transformers_seam
-from .base import intercept
+from .base import Method, intercept
 from .contrast import Contrasts, edited
 from .decoders import core, layer_of, refusals, sites
 from .facts import ClassAttention, watch_residual
 from .massive import massive_channels
 from .questions import QuestionFinder
+from .some_rows import some_rows, variants_with
 from .survey import Surveyor
-from .vlm_families import lockstep_inputs, padding_id, vision_tokens
+from .vlm_families import NOT_FOR_PREFILL, lockstep_inputs, padding_id, vision_tokens
 from .vlm_inputs import (
     cache_length,
     effective,
@@ -50,30 +50,6 @@ __all__ = ["LanguageSession", "refusals", "sites"]
 Table = dict[Site, tuple[tuple[Edit, ...], tuple[tuple[Reacts, dict[str, Any]], ...]]]
 """For every site the static edits, and the reacting processors with their states."""
 PHASES: tuple[Phase, Phase] = ("prefill", "decode")
-
-
-class _Method:
-    """A method of one model, replaced. A deep copy of the model gets the plain method, bound to the copy."""
-
-    def __init__(self, model: Any, name: str, handler: Callable[..., Any]):
-        self._model, self._name, self._handler = model, name, handler
-        self._previous, self.plain = model.__dict__.get(name), getattr(model, name)
-        functools.update_wrapper(self, self.plain)
-        model.__dict__[name] = self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._handler(self.plain, args, kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copy = memo.get(id(self._model))
-        return self.plain if copy is None else types.MethodType(getattr(type(copy), self._name), copy)
-
-    def restore(self) -> None:
-        """Put back what was there, unless somebody has replaced it since."""
-        if self._model.__dict__.get(self._name) is self:
-            del self._model.__dict__[self._name]
-            if self._previous is not None:
-                self._model.__dict__[self._name] = self._previous
 
 
 class LanguageSession:
@@ -105,10 +81,12 @@ class LanguageSession:
         reached = wanted_sites((*edited(self._active), surveys))
         self._modules = {site: self.model.get_submodule(site.name) for site in reached}
         self._bindings = {site: Binding(site, phase="prefill") for site in self._modules}
-        self.surveyor = Surveyor(self.model, self._names, self._plans, self._bindings) if surveys else None
+        self.surveyor = Surveyor(self.model, self._names, self._active, self._bindings) if surveys else None
         on = {phase: {id(p): p.where.active(0, 1, phase=phase) for p in self._plans} for phase in PHASES}
         self._phased = on["prefill"] != on["decode"]
-        self._tables = {phase: self._table(phase, on[phase]) for phase in PHASES}
+        self._tables = {phase: self._table(phase, on[phase], self._active) for phase in PHASES}
+        self._asking = variants_with(self._active, self._image_free)  # variants for which the reference pass is made
+        self._asked = self._table("prefill", on["prefill"], tuple(compress(self._active, self._asking)))
         looking = [plan.processor for plan in (*self._plans, *surveys) if plan.reacts]
         self._tokens = vision_tokens(self.model.config, processor)
         marker = next((p.marker for p in looking if p.marker), "")  # refusals: one for all
@@ -139,7 +117,7 @@ class LanguageSession:
                 self._restore.append(intercept(module, self._around))
             for name, handler in (("generate", self._generate), ("get_compiled_call", self._get_compiled_call)):
                 if hasattr(self.model, name):
-                    self._restore.append(_Method(self.model, name, handler).restore)
+                    self._restore.append(Method(self.model, name, handler).restore)
             if self._image_free or self._spans is not None or self._phased:
                 self._restore.append(intercept(self.model.get_decoder(), self._guard))
 
@@ -168,17 +146,17 @@ class LanguageSession:
             self._restore.append(watch_residual(layer, self._bindings[site]))
 
     # ---- what to do at each site -------------------------------------------------------------------------------------
-    def _table(self, phase: Phase, on: Mapping[int, bool]) -> Table:
+    def _table(self, phase: Phase, on: Mapping[int, bool], active: Rows) -> Table:
         """Static edits and reacting processors of every site in a phase; ``on`` says which plans act, by their id."""
         table: Table = {}
         for site, module in self._modules.items():
             device = execution_device(module)
-            rows = [[plan for plan in row if on[id(plan)]] for row in self._active]
+            rows = [[plan for plan in row if on[id(plan)]] for row in active]
             reactors: list[tuple[Reacts, dict[str, Any]]] = []
-            for plan in self._plans:
+            for plan in plans_of(active):
                 if plan.reacts and site in plan.selection:
                     if on[id(plan)]:
-                        reacts = Sharing(limited(plan, site, self._active, device), plan.shared)
+                        reacts = Sharing(limited(plan, site, active, device), plan.shared)
                         reactors.append((reacts, plan.states[site]))
                     elif phase == "prefill" and (plan in self._image_free or "residual" in plan.processor.needs):
                         reactors.append((Sharing(Silent(plan.processor), plan.shared), plan.states[site]))
@@ -315,11 +293,11 @@ class LanguageSession:
             self._set_predicts(1, 1)  # of a whole prompt its last row
             inside, self._inside = self._inside, True
             try:
-                self.surveyor.run(given, self._spans)
+                self.surveyor.run(given, self._spans, whole=bool(self.towers))
             finally:
                 self._inside = inside
         if self._image_free:
-            self.reference_pass(given)
+            self._reference_pass_of_some(given)
 
     def _follow(self, given: Mapping[str, Any], spans: KeySpans) -> None:
         cache, seen, new = given.get("past_key_values"), cache_length(given), length(given)
@@ -353,6 +331,28 @@ class LanguageSession:
         self._reached = True
 
     # ---- the image-free lane -----------------------------------------------------------------------------------------
+    def _reference_pass_of_some(self, given: Mapping[str, Any]) -> None:
+        """The reference pass of those variants alone that ask for it, where they can be told apart."""
+        ids = given.get("input_ids")
+        some = None
+        if isinstance(ids, Tensor) and not self.towers:  # a tower's attention is dealt to all rows
+            inputs = {name: given[name] for name in given if name in self._names and name not in NOT_FOR_PREFILL}
+            some = some_rows(inputs, self._asking, self._tokens.image_mask(ids).any(1))
+        if some is None:
+            self.reference_pass(given)
+            return
+        states = [state for plan in self._plans for state in (*plan.states.values(), plan.shared)]
+        before = [set(state) for state in states]
+        self._tables["prefill"], whole = self._asked, self._tables["prefill"]
+        self._set_phase("prefill")
+        try:
+            self.reference_pass(some.inputs)
+        finally:
+            self._tables["prefill"] = whole
+            self._set_phase("prefill")
+        for state, known in zip(states, before, strict=True):
+            state.update({name: some.whole(value) for name, value in state.items() if name not in known})
+
     def reference_pass(self, given: Mapping[str, Any], answer: Tensor | None = None) -> None:
         """One prefill of ``2 B`` rows, with and without the image, and without a cache.
 

@@ -16,9 +16,8 @@ from torch import Tensor
 from ..contrast import Counterpart, ImageFree, Instructed, Noised
 from ..draws import normal
 from ..errors import SteeringError
-from .vlm_families import PACKED, PER_TOKEN, PIXELS, VisionTokens, lockstep_inputs
-
-TOKENS = ("input_ids", "attention_mask", *PER_TOKEN)
+from .some_rows import TOKENS, rows_of, tokens_of
+from .vlm_families import PACKED, PIXELS, VisionTokens, lockstep_inputs
 
 
 def counterpart_inputs(
@@ -51,9 +50,7 @@ def of_rows(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Rows of a prompt with what their counterpart needs of the pictures.
 
-    Families hand pictures over as one list without saying whose they are. Where that list is as long as there are rows
-    with a picture, each of these has one, and the pictures of some rows can be taken. Otherwise (several pictures in a
-    row, tiles in one list, videos) a counterpart that looks at them runs on all rows.
+    Where whose the pictures are cannot be known (``some_rows``), a counterpart that looks at them runs on all rows.
 
     Args:
         inputs: of the prompt, ``B`` rows.
@@ -63,29 +60,12 @@ def of_rows(
     Returns:
         The rows taken, int, and their inputs.
     """
-    seen = {} if isinstance(what, ImageFree) else _pictures(inputs, rows, has_image)
-    if seen is None:
+    if isinstance(what, ImageFree):
+        return rows, {**inputs, **tokens_of(inputs, rows)}
+    taken = rows_of(inputs, rows, has_image)
+    if taken is None:
         return torch.arange(len(has_image), device=rows.device), dict(inputs)
-    given = {name: inputs[name][rows] for name in TOKENS if isinstance(inputs.get(name), Tensor)}
-    return rows, {**inputs, **seen, **given}
-
-
-def _pictures(inputs: Mapping[str, Any], rows: Tensor, has_image: Tensor) -> dict[str, Tensor] | None:
-    """The inputs of the pictures of some rows; None where whose they are cannot be known."""
-    places, total = (has_image.cumsum(0) - 1)[rows], int(has_image.sum())
-    found: dict[str, Tensor] = {}
-    for name, value in inputs.items():
-        if name in TOKENS or value is None or isinstance(value, (bool, int, float, str)):
-            continue
-        if not isinstance(value, Tensor):
-            return None
-        sizes = inputs.get(PACKED.get(name, ""))
-        lengths = [1] * len(value) if sizes is None else sizes.prod(-1).tolist()
-        if len(lengths) != total or "video" in name:
-            return None
-        parts = value.split(lengths)
-        found[name] = torch.cat([parts[place] for place in places.tolist()])
-    return found
+    return rows, taken
 
 
 # ---- without the image -----------------------------------------------------------------------------------------------

@@ -97,8 +97,8 @@ def shared(pipe: Any, paint: Callable[[], Any], where: Where) -> float:
 
 # ---- the measurement -------------------------------------------------------------------------------------------------
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
-    parser = measure.parser(__doc__, repeats=5)
-    models.options(parser, "sd15 sdxl sd3", steps=2, scale=0.125, size=256)
+    parser = measure.parser(__doc__, repeats=3)
+    models.options(parser, "sd15 sdxl sd3", steps=1, scale=0.125, size=512)
     given = parser.parse_args(arguments)
     if any("flux" in name for name in given.model):
         parser.error("--model: diffusers has no PAG pipeline for FLUX.")

@@ -47,7 +47,7 @@ def candidates(pipe: Any, count: int) -> list[int]:
 
 def hunt(pipe: Any, layers: list[int], batch: int, steps: int, call: dict[str, Any]) -> Callable[[], Any]:
     """A round of a search that adds one head."""
-    heads = {layer: list(range(layers.count(layer))) for layer in layers}
+    heads: dict[int | str, list[int]] = {layer: list(range(layers.count(layer))) for layer in layers}
 
     def run() -> Any:
         hunter = HeadHunter(
