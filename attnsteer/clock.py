@@ -7,6 +7,7 @@ of ``scheduler.timesteps``. The clock wraps these two on the instance and counts
 
 from __future__ import annotations
 
+import math
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -75,7 +76,7 @@ class Clock:
 
     @property
     def sigma(self) -> float | None:
-        """The noise level of the step in progress, where the scheduler has one."""
+        """The noise level of the step in progress, where the scheduler has one; infinite where nothing but noise is."""
         sigmas = getattr(self.scheduler, "sigmas", None)
         if sigmas is not None and len(sigmas) > self.index:
             return float(sigmas[self.index])
@@ -83,7 +84,7 @@ class Clock:
         if alphas is None:
             return None
         alpha = float(alphas[min(int(self.timestep), len(alphas) - 1)])
-        return ((1 - alpha) / alpha) ** 0.5
+        return ((1 - alpha) / alpha) ** 0.5 if alpha > 0 else math.inf
 
     def enter(self, timestep: Any) -> None:
         """Called before a model call. The first of a run may start inside the schedule (image-to-image).

@@ -145,8 +145,13 @@ def copy_nest(value: Any) -> Any:
 
 def named_inputs(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All inputs of a denoiser call by name."""
-    names = list(inspect.signature(type(unwrap(model)).forward).parameters)[1:]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    return {**dict(zip(_names(type(unwrap(model)).forward), args, strict=False)), **kwargs}
+
+
+@functools.lru_cache(maxsize=64)
+def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """The parameters of a forward behind ``self``; read once, since it happens in every step."""
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 _held: list[tuple[int, ...]] = []

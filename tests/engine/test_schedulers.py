@@ -135,6 +135,16 @@ def test_windows_select_positions_in_the_schedule(name: str) -> None:
             assert guided_steps(pipe, "sd15", steering, cfg=False, steps=4) == (expected, n), steps
 
 
+def test_a_first_step_without_any_signal_is_above_every_noise_level() -> None:
+    pipe = pipelines.build("sd15")
+    zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, **zero)
+    for low, expected in ((0.0, [1, 2]), (1e9, [])):
+        method = SoftPAG(Where(layers=-1, steps={"sigma": (low, 1e12)}))
+        with attnsteer.steer(pipe, method) as steering:
+            assert guided_steps(pipe, "sd15", steering, cfg=False, steps=3) == (expected, 3)
+
+
 def test_a_sigma_window_under_a_scheduler_without_noise_levels_is_refused() -> None:
     pipe = pipeline("IPNDMScheduler")
     with (
