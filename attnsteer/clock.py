@@ -7,8 +7,8 @@ of ``scheduler.timesteps``. The clock wraps these two on the instance and counts
 
 from __future__ import annotations
 
-import math
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
