@@ -119,13 +119,13 @@ class Answerer:
     def _from_one_prefill(
         self, methods: Sequence[Method], inputs: Mapping[str, Any], limit: int
     ) -> dict[str, list[Answer]]:
-        """Short answers by those methods that change no row of a prompt but its last: all others are computed once.
+        """Answers by those methods that change no row of a prompt but its last: all others are computed once.
 
-        Long answers stay in the batch of all methods: a second batch would take as long to decode wherever memory is
-        what bounds decoding.
+        On a GPU long answers stay in the batch of all methods: memory bounds decoding there, and a second batch would
+        take as long as the first.
         """
         sharing = [method for method in methods if not any(map(refusals, method.processors))]
-        if limit > SHORT or len(sharing) < 2:
+        if len(sharing) < 2 or (limit > SHORT and self.model.device.type != "cpu"):
             return {}
         processors = [processor for method in sharing for processor in method.processors]
         try:
