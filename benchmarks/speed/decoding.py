@@ -116,8 +116,15 @@ class Watch:
         return [sooner.elapsed_time(later) / 1e3 for sooner, later in pairs]
 
 
-def generate(teller: tellers.Teller, tokens: int, after_first: Callable[[], Any] = lambda: None, **more: Any) -> None:
-    """Greedy tokens, as many as asked for; ``after_first`` is called once the first is there."""
+def generate(
+    teller: tellers.Teller,
+    tokens: int,
+    after_first: Callable[[], Any] = lambda: None,
+    by: Callable[..., Any] | None = None,
+    **more: Any,
+) -> None:
+    """Greedy tokens, as many as asked for; ``after_first`` is called once the first is there, and ``by`` generates in
+    place of ``generate`` of the model with its inputs."""
     calls = 0
 
     def notice(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
@@ -128,7 +135,8 @@ def generate(teller: tellers.Teller, tokens: int, after_first: Callable[[], Any]
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
     length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
-    teller.model.generate(**teller.inputs, **length, do_sample=False, stopping_criteria=[notice], **more)
+    by = by or partial(teller.model.generate, **teller.inputs)
+    by(**length, do_sample=False, stopping_criteria=[notice], **more)
 
 
 def answer(
@@ -155,6 +163,17 @@ def answer(
     return Parts(prefill=prefill, decode=decode, **({"attach": attach} if processors else {}))
 
 
+def answer_of_prefill(teller: tellers.Teller, tokens: int, device: str, method: Processor) -> Parts:
+    """One answer by ``attnsteer.prefill``, which reads a prompt for the method in the pass that fills the cache."""
+    watch = Watch(device)
+    watch.mark()
+    ready = attnsteer.prefill(teller.model, method, processor=teller.processor, **teller.inputs)
+    generate(teller, tokens, watch.mark, partial(ready.generate, method))
+    watch.mark()
+    prefill, decode = watch.seconds()
+    return Parts(prefill=prefill, decode=decode)
+
+
 # ---- what is compared ------------------------------------------------------------------------------------------------
 def steered(teller: tellers.Teller, options: argparse.Namespace) -> dict[str, Any]:
     """The methods beside plain sdpa and eager attention with maps."""
@@ -163,7 +182,9 @@ def steered(teller: tellers.Teller, options: argparse.Namespace) -> dict[str, An
     cases[MAPS] = partial(answer, teller, options.tokens, options.device, maps=True)
     for name, method in chosen.items():
         cases[name] = partial(answer, teller, options.tokens, options.device, [method])
-    ratios = []
+    shared = "GIFT by attnsteer.prefill"
+    cases[shared] = partial(answer_of_prefill, teller, options.tokens, options.device, chosen["GIFT"])
+    ratios = [Ratio(f"{shared}: prefill", "plain: prefill", most=PREFILL)]
     for name, most in DECODE.items():
         ratios += [Ratio(f"{name}: decode", "plain: decode", most=most)]
         ratios += [Ratio(f"{name}: prefill", "plain: prefill", most=PREFILL)]
