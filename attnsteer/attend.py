@@ -217,9 +217,11 @@ def _meeting_conflicts(edits: Sequence[Edit], partial: Sequence[Edit]) -> list[s
 
 
 def _same_row(one: Edit, two: Edit) -> bool:
-    """Whether two edits act on one row. Looks at values, where both are there alone; compiled code trusts ``attach``,
-    which has looked at what each row was given."""
+    """Whether two edits act on one row. Where it is not known which rows they are held to, this looks at values, and
+    waits for the device; compiled code trusts ``attach``, which has looked at what each row was given."""
     if torch.compiler.is_compiling():
+        return False
+    if one.held and two.held and not any(a and b for a, b in zip(one.held, two.held, strict=True)):
         return False
     acts = [acting_rows(edit) for edit in (one, two)]
     rows = math.lcm(*(len(act) for act in acts))

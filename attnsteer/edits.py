@@ -13,7 +13,7 @@ from ``react``, which sees the batch. Their ``source`` is a plain tuple: rows th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -81,7 +81,18 @@ Target: TypeAlias = OwnValue | MeanValue | MeanQuery | BlurredQuery | ArgmaxValu
 
 
 @dataclass(frozen=True, eq=False)
-class Replace:
+class _Held:
+    """What the engine notes on every edit.
+
+    ``held``: the variants of the batch, yes or no in order, outside of which an edit is neutral; None where the host
+    does not know. So two edits that cannot meet are told apart without a look at their weights.
+    """
+
+    held: tuple[bool, ...] | None = field(default=None, kw_only=True, repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Replace(_Held):
     """Other queries: ``q <- lerp(q, query, weight)``. All other edits of the call see the new ones.
 
     Args:
@@ -94,7 +105,7 @@ class Replace:
 
 
 @dataclass(frozen=True, eq=False)
-class Mix:
+class Mix(_Held):
     """``output = lerp(output, target, weight)`` on the chosen query tokens.
 
     Args:
@@ -111,14 +122,14 @@ class Mix:
 
 
 @dataclass(frozen=True, eq=False)
-class Scale:
+class Scale(_Held):
     """``output = weight * output`` per row and head, before the output projection. ``weight``: ``(R, H)`` float32."""
 
     weight: Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class KeyBias:
+class KeyBias(_Held):
     """``logits += bias`` on chosen keys; ``exp(bias)`` times the weight, then renormalised, is the same thing.
 
     Args:
@@ -132,7 +143,7 @@ class KeyBias:
 
 
 @dataclass(frozen=True, eq=False)
-class LogitEdit:
+class LogitEdit(_Held):
     """A change of chosen logits in proportion to themselves, before the softmax.
 
     ``signed``: ``z_j += w_j z_j`` with z before the mask (VAF); ``absolute``: ``z_j += w_j |z_j|`` with z behind the
@@ -152,7 +163,7 @@ class LogitEdit:
 
 
 @dataclass(frozen=True, eq=False)
-class Redistribute:
+class Redistribute(_Held):
     """Moves a fraction of a row's probability on the keys ``source`` to the keys ``target``, in proportion to what they
     have: ``A_S *= 1 - t`` and ``A_N *= 1 + t a_S / a_N`` with ``a_X = sum_{j in X} A_j``. Rows keep their sum.
 
@@ -167,7 +178,7 @@ class Redistribute:
 
 
 @dataclass(frozen=True, eq=False)
-class ClassMask:
+class ClassMask(_Held):
     """Who may look at whom, by classes of tokens: a query sees the keys of the classes that its own class may see.
 
     Args:
@@ -180,7 +191,7 @@ class ClassMask:
 
 
 @dataclass(frozen=True, eq=False)
-class Segments:
+class Segments(_Held):
     """More keys for chosen rows: those of other rows (or their own again), in one softmax with the row's own keys.
 
     ``logits_i = [s_i over own keys | s_i + bias_1 + log(weight) over segment 1 | ...]``. Segments bring the key mask of

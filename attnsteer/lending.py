@@ -109,7 +109,7 @@ def of_rows(edit: Edit, rows: tuple[int, ...], index: Tensor, batch: int) -> Edi
     def read(source: Sources) -> Sources:
         return tuple(source[row] for row in rows)
 
-    edit = map_tensors(edit, pick)
+    edit = replace(map_tensors(edit, pick), held=None)  # these are other rows
     if isinstance(edit, Segments):
         bias, keys, queries, positions = map(maybe, (edit.bias, edit.keys, edit.queries, edit.positions))
         return Segments(read(edit.source), edit.weight, bias, keys, queries, positions)

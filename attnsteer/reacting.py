@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -34,7 +35,8 @@ class Within:
         lanes, edits = max(1, len(call.lanes)), edit if isinstance(edit, tuple) else (edit,)
         for one in edits:
             self._check_sources(one, call.q.shape[0] // lanes)
-        return tuple(restrict(one, self.mask, lanes) for one in edits)
+        held = None if torch.compiler.is_compiling() else tuple(self.mine)  # in a graph it would be a constant
+        return tuple(replace(restrict(one, self.mask, lanes), held=held) for one in edits)
 
     def _check_sources(self, edit: Edit, rows: int) -> None:
         """Rows that share something must belong to one processor: whose rows they are is all that a lane knows."""

@@ -36,15 +36,16 @@ def key_mass(call: AttentionCall, keys: Tensor) -> Tensor:
         keys: ``(R, Nk)`` bool. The same tensor object is computed once per call, with the output that
             ``Redistribute`` needs.
     """
-    return call.part(keys, _partial)[0]
+    return call.part(keys, _part)[0]
 
 
-def _partial(call: AttentionCall, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """``a_X`` ``(B, H, Nq)`` and ``a_X o_X`` ``(B, H, Nq, Dv)``."""
+def _part(call: AttentionCall, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """``a_X`` ``(B, H, Nq)``; beside it the ``A_ij`` of few rows, 0 elsewhere, ``(B, H, Nq, Nk)``, or the ``o_X`` of
+    many ``(B, H, Nq, Dv)``."""
     chosen = expand_rows(keys, call.q.shape[0]).to(call.q.device)  # (1 or B, Nk)
-    if call.q.shape[2] <= FEW_ROWS:
-        part = call.part(_ALL, _probabilities) * chosen[:, None, None]
-        return part.sum(-1), weighted(part, call.v)
+    if _few(call):
+        shares = call.part(_ALL, _probabilities) * chosen[:, None, None]
+        return shares.sum(-1), shares
     scale, n_k = call.softmax_scale, call.k.shape[2]
     size = math.sqrt(-HIDDEN / scale)
     hide = torch.where(chosen, 0.0, -size).to(call.k.dtype)[:, None, :, None]
@@ -52,8 +53,11 @@ def _partial(call: AttentionCall, keys: Tensor) -> tuple[Tensor, Tensor]:
     q = torch.cat([call.q, torch.full_like(call.q[..., :1], size)], dim=-1)
     output, lse = attend_with_lse(q, k, call.v, mask=call.mask, scale=scale, is_causal=call.is_causal)
     mass = torch.exp(lse - call.part(_ALL, _log_sum_exp))
-    mass = torch.where(lse == -math.inf, torch.zeros_like(mass), mass.clamp(max=1))
-    return mass, mass[..., None] * output.to(mass.dtype)
+    return torch.where(lse == -math.inf, torch.zeros_like(mass), mass.clamp(max=1)), output
+
+
+def _few(call: AttentionCall) -> bool:
+    return call.q.shape[2] <= FEW_ROWS
 
 
 def _probabilities(call: AttentionCall, _: Tensor) -> Tensor:
@@ -70,14 +74,19 @@ def _log_sum_exp(call: AttentionCall, _: Tensor) -> Tensor:
 def redistribute(call: AttentionCall, output: Tensor, edit: Redistribute) -> Tensor:
     """``o + t a_S (o_N - o_S)``; rows with weight 0, or without mass on either set, keep their bits.
 
-    Cost: three fused calls for prompts (each set, and the log-sum-exp of the row), explicit rows in decode.
+    Cost: three fused calls for prompts (each set, and the log-sum-exp of the row); in decode the explicit rows and one
+    product of what changes in them with v.
     """
-    source, from_source = call.part(edit.source, _partial)
-    target, to_target = call.part(edit.target, _partial)
+    source, from_source = call.part(edit.source, _part)
+    target, to_target = call.part(edit.target, _part)
     weight = expand_rows(edit.weight, output.shape[0]).to(device=output.device, dtype=compute_dtype(output))
-    chosen = (weight != 0) & (source > 0) & (target > 0)
-    gain = source / torch.where(target > 0, target, torch.ones_like(target))
-    moved = weight[..., None] * (gain[..., None] * to_target - from_source)
+    pays, gets = source > 0, target > 0
+    if _few(call):
+        gain = source / torch.where(gets, target, 1.0)
+        moved = weighted(gain[..., None] * to_target - from_source, call.v) * weight[..., None]
+    else:
+        moved = (weight * source)[..., None] * (to_target.to(weight.dtype) - from_source.to(weight.dtype))
+    chosen = (weight != 0) & pays & gets
     return torch.where(chosen[..., None], (output.to(moved.dtype) + moved).to(output.dtype), output)
 
 

@@ -116,7 +116,8 @@ class VAR(Processor):
         assert call.spans is not None
         assert call.spans.reading is not None
         image, sinks = image_keys(call), on_keys(positions, marked, call.spans.reading.keys.to(call.q.device))
-        visual, others = image & sinks, image & ~sinks
+        visual = image & sinks
+        others = image ^ visual
         others_mass, visual_mass = key_mass(call, others), key_mass(call, visual)
         chosen = selected(others_mass, visual_mass, self.rho, self.floor)
         behind = call.spans.reading.after_image.to(call.q.device)
@@ -195,11 +196,10 @@ def selected(others: Tensor, visual: Tensor, rho: float, floor: float) -> Tensor
 
 
 def on_keys(positions: Tensor, marked: Tensor, keys: Tensor) -> Tensor:
-    """Marks ``(B, P)`` at positions ``(P,)`` of the prompt, for the keys ``(Nk,)`` of a call: bool ``(B, Nk)``."""
-    column = positions - keys[0]
-    column = torch.where((column >= 0) & (column < keys.shape[0]), column, keys.shape[0])  # keys that a window lost
-    found = torch.zeros(marked.shape[0], keys.shape[0] + 1, dtype=torch.bool, device=marked.device)
-    return found.scatter(1, column.expand_as(marked), marked)[:, :-1]
+    """Marks ``(B, P)`` at positions ``(P,)`` of the prompt, which follow each other, for the keys ``(Nk,)`` of a call:
+    bool ``(B, Nk)``. Keys behind the prompt have none, and marks of keys that a window lost go with them."""
+    column, last = keys - positions[0], positions.shape[0] - 1
+    return marked.index_select(1, column.clamp(0, last)) & (column >= 0) & (column <= last)
 
 
 def text_keys(call: AttentionCall) -> Tensor:

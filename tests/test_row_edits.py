@@ -20,6 +20,7 @@ from attnsteer.edits import (
     Redistribute,
     Scale,
     Segments,
+    map_tensors,
     restrict,
     stack_rows,
     tile_rows,
@@ -376,3 +377,16 @@ def test_what_does_not_compose_is_refused() -> None:
         [move, Scale(half), Mix(OwnValue(), half)],
     ]
     assert [conflicts(edits) for edits in fine] == [[], []]
+
+
+def test_edits_held_to_different_rows_compose_without_a_look_at_their_weights() -> None:
+    """Tensors on the meta device have no values."""
+    move, logit = Redistribute(*sets(), torch.ones(3, 6, N)), LogitEdit(WEIGHT, "absolute")
+    signed, first, others = replace(logit, form="signed"), (True, False, False), (False, True, True)
+    for one, two in ((move, logit), (move, move), (signed, signed)):
+        one, two = replace(one, held=first), replace(two, held=others)
+        assert conflicts([map_tensors(edit, lambda tensor: tensor.to("meta")) for edit in (one, two)]) == []
+        for unclear in (first, None):
+            assert len(conflicts([one, replace(two, held=unclear)])) == 1
+    idle = replace(move, weight=torch.zeros(3, 6, N), held=first)
+    assert conflicts([idle, replace(logit, held=first)]) == []

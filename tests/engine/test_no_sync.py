@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -84,6 +85,14 @@ READERS: dict[str, attnsteer.Processor] = {
     "GIFT": GIFT(token_selector="all"),
     "PAINT": PAINT(),
 }
+BATCHES: dict[str, list[list[attnsteer.Processor]]] = {
+    **{name: [[method]] for name, method in READERS.items()},
+    "two VAR": [[READERS["VAR"]], [replace(READERS["VAR"], fraction=0.3)]],  # type: ignore[call-arg]
+    "two PAI": [[READERS["PAI"]], [PAI(alpha=0.3)]],
+    "two VAF": [[READERS["VAF"]], [VAF(alpha=0.3)]],
+    "VAR and VAF": [[READERS["VAR"]], [READERS["VAF"], VHR()]],
+}
+"""For each row of the batch what it gets; one entry stands for all."""
 
 
 @pytest.mark.parametrize("name", PAINTERS)
@@ -103,35 +112,35 @@ def test_denoising_steps(name: str) -> None:
     assert by_steps(method) <= by_steps()
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", BATCHES)
 def test_decoding_steps(name: str) -> None:
     model, inputs = vlms.build("llava")
-    given = inputs(2)
+    given, rows = inputs(2), BATCHES[name]
     with torch.no_grad():
         plain = model(**given).logits[:, -1]
-        with attnsteer.steer(model, READERS[name]):
-            assert not torch.equal(model(**given).logits[:, -1], plain)
+        with attnsteer.attach(model, variants=rows):
+            assert (model(**given).logits[:, -1] != plain).any(-1).all()
 
-    def by_tokens(*methods: Any) -> Counter[str]:
+    def by_tokens(rows: list[list[attnsteer.Processor]]) -> Counter[str]:
         def run(tokens: int) -> Counter[str]:
             options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
-            with attnsteer.steer(model, *methods) if methods else nullcontext():
+            with attnsteer.attach(model, variants=rows) if rows else nullcontext():
                 return waits(lambda: model.generate(**given, **options))
 
         long, short = run(8), run(4)
         long.subtract(short)
         return +long
 
-    assert by_tokens(READERS[name]) <= by_tokens()
+    assert by_tokens(rows) <= by_tokens([])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA's own detector of waiting needs a GPU")
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", BATCHES)
 def test_decoding_does_not_wait_for_a_gpu(name: str) -> None:
     model, inputs = vlms.build("llava")
     model.cuda()
     given = {key: value.cuda() for key, value in inputs(2).items()}
-    with torch.no_grad(), attnsteer.steer(model, READERS[name]):
+    with torch.no_grad(), attnsteer.attach(model, variants=BATCHES[name]):
         out = model(**given, use_cache=True)
         step = {"input_ids": given["input_ids"][:, -1:], "past_key_values": out.past_key_values}
         model(**step, use_cache=True)
