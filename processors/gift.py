@@ -96,6 +96,7 @@ class GIFT(Processor):
     kinds: ClassVar = ("causal",)
     needs: ClassVar = ("question",)
     last_row_only: ClassVar = True
+    per_row: ClassVar = ("alpha", "beta")
     samples: ClassVar = (KeyBias(torch.ones(1, 1, 1), queries="last"),)
 
     def __post_init__(self) -> None:
@@ -139,10 +140,10 @@ class GIFT(Processor):
         saliency = at_keys(expand_rows(call.shared["saliency"].to(device), batch), spans)
         bias = log_factors(
             weights,
-            self._alpha(call.site) * saliency,
+            call.by_row(self._alpha(call.site), saliency) * saliency,
             spans.image.to(device) & steered,
             spans.question.to(device) & steered,
-            self.beta,
+            call.by_row(self.beta, weights[..., 0]),
             head_count(call.q.shape[1], self.enhanced_heads),
         )
         return KeyBias(bias, queries="last")
@@ -160,14 +161,16 @@ def predicting_rows(call: AttentionCall) -> slice:
 
 
 # ---- the formulas ----------------------------------------------------------------------------------------------------
-def log_factors(weights: Tensor, log_f: Tensor, image: Tensor, question: Tensor, beta: float, count: int) -> Tensor:
+def log_factors(
+    weights: Tensor, log_f: Tensor, image: Tensor, question: Tensor, beta: float | Tensor, count: int
+) -> Tensor:
     """The logarithms of what the weights are multiplied by before they are renormalised.
 
     Args:
         weights: plain ``A`` of the predicting rows, ``(B, H, n, Nk)``.
         log_f: ``alpha s`` at each key, ``(B, Nk)``.
         image, question: bool ``(B, Nk)``, V and T; a row with neither gets zeros.
-        beta: factor on the question beside r.
+        beta: factor on the question beside r; also ``(B, 1, 1)``.
         count: heads in HV and in HQ.
 
     Returns:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..binding import ATTRIBUTE, Binding
 from ..edits import Edit, tile_rows
 from ..errors import NotReachedError, SteeringError
-from ..reacting import Reacts, Sharing, Silent, limited
+from ..reacting import Reacts, Sharing, Silent, limited, reacting
 from ..scheduler import Rows, merge_edits, plans_of, wanted_sites
 from ..site import Phase, Site, Spans
 from ..spans import KeySpans, spans_of
@@ -175,13 +175,13 @@ class LanguageSession:
             device = execution_device(module)
             rows = [[plan for plan in row if on[id(plan)]] for row in self._active]
             reactors: list[tuple[Reacts, dict[str, Any]]] = []
-            for plan in self._plans:
-                if plan.reacts and site in plan.selection:
-                    if on[id(plan)]:
-                        reacts = Sharing(limited(plan, site, self._active, device), plan.shared)
-                        reactors.append((reacts, plan.states[site]))
-                    elif phase == "prefill" and (plan in self._image_free or "residual" in plan.processor.needs):
-                        reactors.append((Sharing(Silent(plan.processor), plan.shared), plan.states[site]))
+            for plans in reacting(self._active, site):
+                plan = plans[0]  # one remembers for all
+                if on[id(plan)]:
+                    reacts = Sharing(limited(plans, site, self._active, device), plan.shared)
+                    reactors.append((reacts, plan.states[site]))
+                elif phase == "prefill" and (plan in self._image_free or "residual" in plan.processor.needs):
+                    reactors.append((Sharing(Silent(plan.processor), plan.shared), plan.states[site]))
             table[site] = (merge_edits(rows, site, device), tuple(reactors))
         return table
 
