@@ -13,7 +13,7 @@ the whole question:
 
 Fused form, exact: the log-bias ``log f`` and ``log(beta r)`` on the keys of one row (``KeyBias(queries="last")``). Head
 sets and r need that row's plain probabilities. Cost: one prefill a generation (``attnsteer.prefill`` shares it among
-many strengths), and two attention rows a layer and step.
+many strengths), and one attention row a layer and step.
 Limits: e^5 = 148, so the most salient token rules its row; look at the length of captions beside their scores. The
 question is the text of the last turn, images left out; of a prompt typed by hand without a chat template, what stands
 behind the last image. A flat map gives f = 1: a row without image or question, and one whose question stands before
@@ -30,9 +30,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attnsteer.capture import probabilities
 from attnsteer.edits import KeyBias
 from attnsteer.errors import SteeringError
+from attnsteer.logits import predicting_weights
 from attnsteer.processor import Processor, check_number
 from attnsteer.site import AttentionCall, Site, Spans, expand_rows
 from attnsteer.where import Where
@@ -133,8 +133,7 @@ class GIFT(Processor):
             return None
         if "saliency" not in call.shared:
             raise SteeringError("GIFT has not seen this prompt: call the steered model or its generate().")
-        spans, row = spans_of(call), predicting_rows(call)
-        weights = probabilities(call, row, slice(None))
+        spans, weights = spans_of(call), predicting_weights(call)
         device, batch = weights.device, weights.shape[0]
         steered = expand_rows(call.shared["image"].to(device), batch)[:, None]
         saliency = at_keys(expand_rows(call.shared["saliency"].to(device), batch), spans)
@@ -152,12 +151,6 @@ class GIFT(Processor):
         if self.alpha is not None:
             return self.alpha
         return _ALPHAS.get((site.heads, site.kv_heads), 5.0)
-
-
-def predicting_rows(call: AttentionCall) -> slice:
-    """The query rows that predict a token, which are the rows that the method steers."""
-    total = call.q.shape[2]
-    return slice(total - min(call.predicts, total), total)
 
 
 # ---- the formulas ----------------------------------------------------------------------------------------------------
