@@ -38,7 +38,7 @@ class Plan:
     where: Where
     selection: Selection
     edits: Mapping[Site, Edit]
-    states: Mapping[Site, dict[str, Any]] = field(default_factory=dict)
+    states: dict[Site, dict[str, Any]] = field(default_factory=dict)
     nursing: Nursing | None = None
     survey: Plan | None = None
     shared: dict[str, Any] = field(default_factory=dict)

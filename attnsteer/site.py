@@ -175,8 +175,8 @@ class AttentionCall:
         return found
 
     def by_row(self, number: float | Tensor, like: Tensor) -> float | Tensor:
-        """A number of a processor, for arithmetic with ``like`` ``(B, ...)``: itself, or ``(B, 1, ...)`` where rows that
-        are asked together have one each, ``(R,)``. Every lane holds all rows."""
+        """A number of a processor, for arithmetic with ``like`` ``(B, ...)``: itself, or ``(B, 1, ...)`` where rows
+        that are asked together have one each, ``(R,)``. Every lane holds all rows."""
         if not isinstance(number, Tensor):
             return number
         batch = like.shape[0]

@@ -65,10 +65,10 @@ class Bindings:
         for site, binding in bindings.items():
             binding.reactors = tuple(
                 (
-                    borrow(plans, site) if borrow and first.processor.reads_rows else limited(plans, site, rows, device),
-                    dict(first.states[site]),
+                    borrow(plans, site) if borrow and one.processor.reads_rows else limited(plans, site, rows, device),
+                    dict(one.states[site]),
                 )
                 for plans in reacting(rows, site)
-                if not (first := plans[0]).processor.reads_only
+                if not (one := plans[0]).processor.reads_only
             )
         return bindings

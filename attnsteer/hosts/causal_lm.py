@@ -176,12 +176,14 @@ class LanguageSession:
             rows = [[plan for plan in row if on[id(plan)]] for row in self._active]
             reactors: list[tuple[Reacts, dict[str, Any]]] = []
             for plans in reacting(self._active, site):
-                plan = plans[0]  # one remembers for all
+                plan = plans[0]
+                for other in plans:  # asked together, they have one memory
+                    other.states[site] = plan.states[site]
+                reacts = limited(plans, site, self._active, device)
                 if on[id(plan)]:
-                    reacts = Sharing(limited(plans, site, self._active, device), plan.shared)
-                    reactors.append((reacts, plan.states[site]))
+                    reactors.append((Sharing(reacts, plan.shared), plan.states[site]))
                 elif phase == "prefill" and (plan in self._image_free or "residual" in plan.processor.needs):
-                    reactors.append((Sharing(Silent(plan.processor), plan.shared), plan.states[site]))
+                    reactors.append((Sharing(Silent(reacts), plan.shared), plan.states[site]))
             table[site] = (merge_edits(rows, site, device), tuple(reactors))
         return table
 
