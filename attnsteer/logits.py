@@ -39,9 +39,9 @@ def per_query(mask: Tensor | None) -> bool:
 
 def plain_logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """``scale * q.k`` of the given rows and keys, ``(B, H, n, m)``, with k un-repeated. Callers keep n or m small."""
-    dtype = compute_dtype(q)
-    grouped = q.to(dtype).unflatten(1, (k.shape[1], -1))  # (B, Hkv, G, n, D)
-    return (torch.matmul(grouped, k.to(dtype)[:, :, None].mT) * scale).flatten(1, 2)
+    dtype, (batch, heads, n, dim) = compute_dtype(q), q.shape
+    grouped = q.to(dtype).reshape(batch, k.shape[1], heads // k.shape[1] * n, dim)  # a group shares one product
+    return (torch.matmul(grouped, k.to(dtype).mT) * scale).view(batch, heads, n, -1)
 
 
 def row_attention(
@@ -67,8 +67,9 @@ def softmax(logits: Tensor) -> Tensor:
 
 def weighted(weights: Tensor, v: Tensor) -> Tensor:
     """``sum_j w_ij v_j`` of a few rows: ``(B, H, n, Nk)`` and v un-repeated -> ``(B, H, n, Dv)``."""
-    grouped = weights.unflatten(1, (v.shape[1], -1))  # (B, Hkv, G, n, Nk)
-    return torch.matmul(grouped, v.to(weights.dtype)[:, :, None]).flatten(1, 2)
+    batch, heads, n, n_k = weights.shape
+    grouped = weights.reshape(batch, v.shape[1], heads // v.shape[1] * n, n_k)  # a group shares one product
+    return torch.matmul(grouped, v.to(weights.dtype)).view(batch, heads, n, -1)
 
 
 def last_rows_mask(call: AttentionCall, n: int) -> Tensor | None:
@@ -82,6 +83,43 @@ def last_rows_mask(call: AttentionCall, n: int) -> Tensor | None:
     if mask is None:
         return seen
     return mask & seen if mask.dtype == torch.bool else mask + additive(seen, mask.dtype)
+
+
+_SIGNED, _MASKED, _WEIGHTS = torch.empty(3, 0)
+"""Names of what an ``AttentionCall`` keeps of the rows that predict."""
+
+
+def predicting_rows(call: AttentionCall) -> slice:
+    """The query rows that predict a token."""
+    total = call.q.shape[2]
+    return slice(total - min(call.predicts, total), total)
+
+
+def predicting_logits(call: AttentionCall, masked: bool = True) -> Tensor:
+    """The logits of the rows that predict, ``(B, H, n, Nk)``, behind the mask or before it. Computed once for a call,
+    whoever asks."""
+    return call.part(_MASKED, _masked) if masked else call.part(_SIGNED, _signed)
+
+
+def predicting_weights(call: AttentionCall) -> Tensor:
+    """The plain attention of the rows that predict, ``(B, H, n, Nk)``. Computed once for a call, whoever asks."""
+    return call.part(_WEIGHTS, lambda call, _: softmax(predicting_logits(call)))
+
+
+def _signed(call: AttentionCall, _: Tensor) -> Tensor:
+    return plain_logits(call.q[:, :, predicting_rows(call)], call.k, call.softmax_scale)
+
+
+def _masked(call: AttentionCall, _: Tensor) -> Tensor:
+    return behind_mask(call, predicting_logits(call, masked=False))
+
+
+def behind_mask(call: AttentionCall, logits: Tensor) -> Tensor:
+    """Logits of the last rows ``(B, H, n, Nk)`` with the mask on them."""
+    mask = last_rows_mask(call, logits.shape[2])
+    if mask is None:
+        return logits
+    return torch.where(mask, logits, -math.inf) if mask.dtype == torch.bool else logits + mask.to(logits.dtype)
 
 
 def block_mask(call: AttentionCall, rows: slice, keys: slice) -> Tensor | None:

@@ -42,6 +42,8 @@ class Processor:
       of Python; such a method cannot be attached, and has ``answers`` for several questions (as ``CARVE.answers``);
     * ``last_row_only``: every edit changes the output of the last query row alone, so that prompts with one prefill can
       be shared (``attnsteer.prefill``);
+    * ``per_row``: numbers that ``react`` takes through ``AttentionCall.by_row``: rows that differ in these alone (and
+      in their layers and heads, at which it must not look) are asked together, so that many strengths cost one;
     * ``samples``: edits of the kinds that ``react`` gives, so that pairs that do not compose are refused at attach.
     """
 
@@ -53,6 +55,7 @@ class Processor:
     reads_rows: ClassVar[bool] = False
     call: ClassVar[str] = ""
     last_row_only: ClassVar[bool] = False
+    per_row: ClassVar[tuple[str, ...]] = ()
     samples: ClassVar[tuple[Edit, ...]] = ()
 
     def where_for(self, sites: Sequence[Site]) -> Where:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from .edits import Edit, Reaction, restrict, sources
 from .errors import SteeringError
-from .scheduler import Plan, plans_of
+from .processor import Processor
+from .scheduler import Plan, together
 from .site import AttentionCall, Site
 
 
@@ -73,14 +75,29 @@ class Sharing:
         return self.inner.react(call)
 
 
-def limited(plan: Plan, site: Site, rows: Sequence[Sequence[Plan]], device: torch.device) -> Reacts:
-    """The processor of a plan, held to the rows that have it and to its heads at a site."""
-    heads = torch.tensor([head in plan.selection[site] for head in range(site.heads)])
-    mine = torch.tensor([any(other is plan for other in row) for row in rows])
-    mask = mine[:, None] & heads
-    return plan.processor if bool(mask.all()) else Within(plan.processor, mask.to(device), mine.tolist())
+def limited(plans: Sequence[Plan], site: Site, rows: Sequence[Sequence[Plan]], device: torch.device) -> Reacts:
+    """The processor of plans that are asked together, held to the rows that have one and to its heads at a site."""
+    members = {id(plan) for plan in plans}
+    acting = [next((plan for plan in row if id(plan) in members), None) for row in rows]
+    heads = [() if plan is None else plan.selection[site] for plan in acting]
+    mask = torch.tensor([[head in chosen for head in range(site.heads)] for chosen in heads])
+    processor = _joined([(plan or plans[0]).processor for plan in acting], device)
+    return processor if bool(mask.all()) else Within(processor, mask.to(device), [plan is not None for plan in acting])
 
 
-def reacting(rows: Sequence[Sequence[Plan]], site: Site) -> list[Plan]:
-    """The plans that look at the data of a site."""
-    return [plan for plan in plans_of(rows) if plan.reacts and site in plan.selection]
+def _joined(rows: Sequence[Processor], device: torch.device) -> Processor:
+    """One processor for the processors of all rows: numbers in which they differ are tensors ``(R,)``."""
+    numbers = {name: [getattr(processor, name, None) for processor in rows] for name in rows[0].per_row}
+    differing = {name: values for name, values in numbers.items() if any(value != values[0] for value in values)}
+    if not differing:
+        return rows[0]
+    joined = copy.copy(rows[0])
+    wide = torch.float32 if device.type == "mps" else torch.float64  # as precise as a Python float
+    for name, values in differing.items():
+        object.__setattr__(joined, name, torch.tensor(values, dtype=wide, device=device))
+    return joined
+
+
+def reacting(rows: Sequence[Sequence[Plan]], site: Site) -> list[tuple[Plan, ...]]:
+    """The plans that look at the data of a site, those that are asked together in one tuple."""
+    return together([[plan for plan in row if plan.reacts and site in plan.selection] for row in rows])

@@ -7,13 +7,14 @@ gives with the key ``(1 + w_j) k_j``, so the user's kernel runs once more with s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .edits import Edit, KeyBias, LogitEdit
-from .logits import additive, compute_dtype, last_rows_mask, plain_logits, softmax, weighted
+from .logits import behind_mask, compute_dtype, predicting_logits, softmax, weighted
 from .site import AttentionCall, expand_rows
 
 
@@ -67,23 +68,22 @@ def _edit_last(call: AttentionCall, output: Tensor, edits: Sequence[Edit], n: in
     it, each on what the one before it left."""
     if n == 0:
         return output
-    rows = slice(output.shape[2] - n, output.shape[2])
-    logits = plain_logits(call.q[:, :, rows], call.k, call.softmax_scale)
     changes = [(edit, *_change(edit, output, n)) for edit in edits]
-    for edit, weight, _ in changes:
-        if isinstance(edit, LogitEdit) and edit.form == "signed":
-            logits = logits + weight.to(logits.dtype) * logits
-    mask = last_rows_mask(call, n)
-    logits = logits if mask is None else logits + additive(mask, logits.dtype)
-    hidden = logits < torch.finfo(logits.dtype).min / 4  # eager hides keys by the lowest number: leave it so
+    signed = [weight for edit, weight, _ in changes if isinstance(edit, LogitEdit) and edit.form == "signed"]
+    logits = predicting_logits(call, masked=not signed)
+    for weight in signed:
+        logits = logits + weight.to(logits.dtype) * logits
+    logits = behind_mask(call, logits) if signed else logits
+    lowest = torch.finfo(logits.dtype).min / 4  # eager hides keys by the lowest number: leave it so
     for edit, weight, _ in changes:
         if isinstance(edit, KeyBias):
             logits = logits + weight.to(logits.dtype)
         elif isinstance(edit, LogitEdit) and edit.form == "absolute":
-            logits = torch.where(hidden, logits, logits + weight.to(logits.dtype) * logits.abs())
-    touched = torch.stack([touch.expand(*output.shape[:2], n, 1) for _, _, touch in changes]).any(0)
-    row = torch.where(touched, weighted(softmax(logits), call.v).to(output.dtype), output[:, :, rows])
-    return torch.cat([output[:, :, : rows.start], row], dim=2)
+            logits = torch.where(logits < lowest, logits, logits + weight.to(logits.dtype) * logits.abs())
+    touched = functools.reduce(torch.logical_or, [touch for _, _, touch in changes])
+    first = output.shape[2] - n
+    row = torch.where(touched, weighted(softmax(logits), call.v).to(output.dtype), output[:, :, first:])
+    return row if first == 0 else torch.cat([output[:, :, :first], row], dim=2)
 
 
 def _change(edit: Edit, output: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -95,10 +95,10 @@ def _change(edit: Edit, output: Tensor, n: int) -> tuple[Tensor, Tensor]:
         return weight, (weight != 0).any(-1, keepdim=True)
     assert isinstance(edit, LogitEdit)
     weight = expand_rows(edit.weight, batch).to(output.device)[:, :, None]
-    chosen = _heads(edit, output, n)[..., None]
+    if edit.heads is not None:
+        weight = torch.where(_heads(edit, output, n)[..., None], weight, 0.0)
     if edit.queries is not None:
-        chosen = chosen & expand_rows(edit.queries, batch).to(output.device)[:, None, -n:, None]
-    weight = torch.where(chosen, weight, torch.zeros_like(weight))
+        weight = torch.where(expand_rows(edit.queries, batch).to(output.device)[:, None, -n:, None], weight, 0.0)
     return weight, (weight != 0).any(-1, keepdim=True)
 
 

@@ -17,7 +17,7 @@ from .attend import conflicts
 from .edits import BlurredQuery, Edit, Mix, Segments, map_tensors, stack_rows
 from .errors import SteeringError, WhereError
 from .nursing import Nursing
-from .processor import Processor
+from .processor import Processor, parameters
 from .site import Site
 from .where import Selection, Where
 
@@ -38,7 +38,7 @@ class Plan:
     where: Where
     selection: Selection
     edits: Mapping[Site, Edit]
-    states: Mapping[Site, dict[str, Any]] = field(default_factory=dict)
+    states: dict[Site, dict[str, Any]] = field(default_factory=dict)
     nursing: Nursing | None = None
     survey: Plan | None = None
     shared: dict[str, Any] = field(default_factory=dict)
@@ -87,6 +87,35 @@ _SHARED = Segments((), torch.ones(1, 1))
 def plans_of(rows: Sequence[Sequence[Plan]]) -> list[Plan]:
     """Every plan once, in the order of rows."""
     return list({id(plan): plan for row in rows for plan in row}.values())
+
+
+def together(rows: Sequence[Sequence[Plan]]) -> list[tuple[Plan, ...]]:
+    """The plans of all rows in the order of rows, those for which one ``react`` can answer in one tuple: they differ in
+    their layers and heads, and in numbers that their method takes row by row. Plans that meet in a row stay apart."""
+    seats: dict[int, set[int]] = {}
+    for r, row in enumerate(rows):
+        for plan in row:
+            seats.setdefault(id(plan), set()).add(r)
+    groups: list[tuple[list[Plan], set[int]]] = []
+    for plan in plans_of(rows):
+        mine = seats[id(plan)]
+        fitting = (group for group in groups if alike(group[0][0], plan) and mine.isdisjoint(group[1]))
+        members, taken = next(fitting, ([], set()))
+        if not members:
+            groups.append((members, taken))
+        members.append(plan)
+        taken |= mine
+    return [tuple(members) for members, _ in groups]
+
+
+def alike(one: Plan, two: Plan) -> bool:
+    """Whether one ``react`` can answer for both, where they do not meet in a row."""
+    free = one.processor.per_row
+    if not free or type(one.processor) is not type(two.processor) or one.where.steps != two.where.steps:
+        return False
+    mine, other = parameters(one.processor), parameters(two.processor)
+    numbers = all((mine[name] is None) == (other[name] is None) for name in free if name in mine)
+    return numbers and all(mine[name] == other[name] for name in mine if name not in (*free, "where"))
 
 
 def row_conflicts(rows: Rows) -> list[str]:

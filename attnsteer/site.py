@@ -174,6 +174,16 @@ class AttentionCall:
             self._parts.append((keys, found))
         return found
 
+    def by_row(self, number: float | Tensor, like: Tensor) -> float | Tensor:
+        """A number of a processor, for arithmetic with ``like`` ``(B, ...)``: itself, or ``(B, 1, ...)`` where rows
+        that are asked together have one each, ``(R,)``. Every lane holds all rows."""
+        if not isinstance(number, Tensor):
+            return number
+        batch = like.shape[0]
+        lanes = len(self.lanes) if self.lanes and batch == self.q.shape[0] else 1
+        rows = torch.cat([expand_rows(number, batch // lanes)] * lanes)
+        return rows.to(like.dtype if like.is_floating_point() else torch.float32).view(-1, *[1] * (like.dim() - 1))
+
     @property
     def lender(self) -> AttentionCall:
         """The call whose rows lend their keys to the rows of this one."""

@@ -13,7 +13,7 @@ the whole question:
 
 Fused form, exact: the log-bias ``log f`` and ``log(beta r)`` on the keys of one row (``KeyBias(queries="last")``). Head
 sets and r need that row's plain probabilities. Cost: one prefill a generation (``attnsteer.prefill`` shares it among
-many strengths), and two attention rows a layer and step.
+many strengths), and one attention row a layer and step.
 Limits: e^5 = 148, so the most salient token rules its row; look at the length of captions beside their scores. The
 question is the text of the last turn, images left out; of a prompt typed by hand without a chat template, what stands
 behind the last image. A flat map gives f = 1: a row without image or question, and one whose question stands before
@@ -30,9 +30,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attnsteer.capture import probabilities
 from attnsteer.edits import KeyBias
 from attnsteer.errors import SteeringError
+from attnsteer.logits import predicting_weights
 from attnsteer.processor import Processor, check_number
 from attnsteer.site import AttentionCall, Site, Spans, expand_rows
 from attnsteer.where import Where
@@ -96,6 +96,7 @@ class GIFT(Processor):
     kinds: ClassVar = ("causal",)
     needs: ClassVar = ("question",)
     last_row_only: ClassVar = True
+    per_row: ClassVar = ("alpha", "beta")
     samples: ClassVar = (KeyBias(torch.ones(1, 1, 1), queries="last"),)
 
     def __post_init__(self) -> None:
@@ -132,17 +133,16 @@ class GIFT(Processor):
             return None
         if "saliency" not in call.shared:
             raise SteeringError("GIFT has not seen this prompt: call the steered model or its generate().")
-        spans, row = spans_of(call), predicting_rows(call)
-        weights = probabilities(call, row, slice(None))
+        spans, weights = spans_of(call), predicting_weights(call)
         device, batch = weights.device, weights.shape[0]
         steered = expand_rows(call.shared["image"].to(device), batch)[:, None]
         saliency = at_keys(expand_rows(call.shared["saliency"].to(device), batch), spans)
         bias = log_factors(
             weights,
-            self._alpha(call.site) * saliency,
+            call.by_row(self._alpha(call.site), saliency) * saliency,
             spans.image.to(device) & steered,
             spans.question.to(device) & steered,
-            self.beta,
+            call.by_row(self.beta, weights[..., 0]),
             head_count(call.q.shape[1], self.enhanced_heads),
         )
         return KeyBias(bias, queries="last")
@@ -153,21 +153,17 @@ class GIFT(Processor):
         return _ALPHAS.get((site.heads, site.kv_heads), 5.0)
 
 
-def predicting_rows(call: AttentionCall) -> slice:
-    """The query rows that predict a token, which are the rows that the method steers."""
-    total = call.q.shape[2]
-    return slice(total - min(call.predicts, total), total)
-
-
 # ---- the formulas ----------------------------------------------------------------------------------------------------
-def log_factors(weights: Tensor, log_f: Tensor, image: Tensor, question: Tensor, beta: float, count: int) -> Tensor:
+def log_factors(
+    weights: Tensor, log_f: Tensor, image: Tensor, question: Tensor, beta: float | Tensor, count: int
+) -> Tensor:
     """The logarithms of what the weights are multiplied by before they are renormalised.
 
     Args:
         weights: plain ``A`` of the predicting rows, ``(B, H, n, Nk)``.
         log_f: ``alpha s`` at each key, ``(B, Nk)``.
         image, question: bool ``(B, Nk)``, V and T; a row with neither gets zeros.
-        beta: factor on the question beside r.
+        beta: factor on the question beside r; also ``(B, 1, 1)``.
         count: heads in HV and in HQ.
 
     Returns:

@@ -45,6 +45,7 @@ class PAI(Processor):
 
     kinds: ClassVar = ("causal",)
     last_row_only: ClassVar = True
+    per_row: ClassVar = ("alpha",)
     samples: ClassVar = (LogitEdit(torch.ones(1, 1, 1), "absolute"),)
 
     def __post_init__(self) -> None:
@@ -58,7 +59,8 @@ class PAI(Processor):
         return Where(layers=layers_from(sites, 2)) if self.where is None else self.where
 
     def react(self, call: AttentionCall) -> Edit:
-        return LogitEdit(self.alpha * image_keys(call)[:, None].float(), "absolute")
+        image = image_keys(call)[:, None].float()
+        return LogitEdit(call.by_row(self.alpha, image) * image, "absolute")
 
 
 def image_keys(call: AttentionCall) -> Tensor:

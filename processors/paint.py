@@ -64,6 +64,7 @@ class PAINT(Processor):
 
     kinds: ClassVar = ("causal",)
     last_row_only: ClassVar = True
+    per_row: ClassVar = ("alpha", "beta")
     samples: ClassVar = (LogitEdit(torch.ones(1, 1, 1), "absolute"),)
 
     def __post_init__(self) -> None:
@@ -94,8 +95,8 @@ class PAINT(Processor):
         assert call.spans.reading is not None
         if "gain" not in call.state:
             first, last = call.state["cls_attention"]
-            local, summary = token_sets(first, last, self.local_ratio)
-            gain = self.alpha * local.float() + self.beta * summary.float()
+            local, summary = (chosen.float() for chosen in token_sets(first, last, self.local_ratio))
+            gain = call.by_row(self.alpha, local) * local + call.by_row(self.beta, summary) * summary
             call.state["gain"] = gain.flatten(1)  # (B, pictures * patches), in the order of a prompt's image tokens
         lanes = max(1, len(call.lanes))
         rows = call.q.shape[0] // lanes  # beams repeat the picture of their prompt

@@ -55,6 +55,7 @@ class VAF(Processor):
     head_fraction: float = 1.0
 
     kinds: ClassVar = ("causal",)
+    per_row: ClassVar = ("alpha", "beta")
     samples: ClassVar = (LogitEdit(torch.ones(1, 1, 1), "signed"),)
 
     def __post_init__(self) -> None:
@@ -72,9 +73,10 @@ class VAF(Processor):
     def react(self, call: AttentionCall) -> Edit:
         assert call.spans is not None
         assert call.spans.reading is not None
-        image, system = image_keys(call), call.spans.reading.before_image.to(call.q.device)
-        weight = self.alpha * image.float() - self.beta * system.float()
-        heads = None if self.head_fraction == 1 else looking_heads(key_mass(call, image), self.head_fraction)
+        keys, system = image_keys(call), call.spans.reading.before_image.to(call.q.device).float()
+        image = keys.float()
+        weight = call.by_row(self.alpha, image) * image - call.by_row(self.beta, system) * system
+        heads = None if self.head_fraction == 1 else looking_heads(key_mass(call, keys), self.head_fraction)
         return LogitEdit(weight[:, None], "signed", call.spans.reading.after_image, heads)
 
 

@@ -60,6 +60,7 @@ class VHR(Processor):
 
     kinds: ClassVar = ("causal",)
     lanes: ClassVar = ("image_free",)
+    per_row: ClassVar = ("alpha",)
     token_agnostic: ClassVar = True
 
     def __post_init__(self) -> None:
@@ -89,7 +90,7 @@ class VHR(Processor):
         distance = vhd(with_image, without)
         chosen = select_heads(distance, text_activation(without), outliers=self.outliers)
         chosen = chosen & sees_image(call, with_image, distance)[:, None]
-        factor = torch.where(chosen, self.alpha, 1.0)
+        factor = torch.where(chosen, call.by_row(self.alpha, chosen), 1.0)
         call.state.update(vhd=distance, heads=chosen, factor=factor)
         return Scale(torch.cat([factor, factor if self.reference == "reinforced" else torch.ones_like(factor)]))
 

@@ -39,7 +39,7 @@ class Bindings:
                 edits = merge_edits(rows, site, device)
                 reactors = reacting(rows, site)
                 if edits or reactors:
-                    needs = {need for plan in reactors for need in plan.processor.needs}
+                    needs = {need for plans in reactors for need in plans[0].processor.needs}
                     grid = "grid" in needs or needs_grid(edits)
                     layout = denoisers.spans(model, family, inputs, site, grid)
                     if layout and family and family.rotary and "rotary" in needs and site.rotary == "pairs":
@@ -55,7 +55,7 @@ class Bindings:
         model: torch.nn.Module,
         inputs: dict[str, Any],
         rows: Sequence[tuple[Plan, ...]],
-        borrow: Callable[[Plan, Site], Reacts] | None = None,
+        borrow: Callable[[Sequence[Plan], Site], Reacts] | None = None,
     ) -> dict[Site, Binding]:
         """The bindings of one more forward of some rows, in which nobody looks and nothing is kept.
 
@@ -65,10 +65,10 @@ class Bindings:
         for site, binding in bindings.items():
             binding.reactors = tuple(
                 (
-                    borrow(plan, site) if borrow and plan.processor.reads_rows else limited(plan, site, rows, device),
-                    dict(plan.states[site]),
+                    borrow(plans, site) if borrow and one.processor.reads_rows else limited(plans, site, rows, device),
+                    dict(one.states[site]),
                 )
-                for plan in reacting(rows, site)
-                if not plan.processor.reads_only
+                for plans in reacting(rows, site)
+                if not (one := plans[0]).processor.reads_only
             )
         return bindings

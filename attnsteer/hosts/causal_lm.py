@@ -19,7 +19,7 @@ from torch import Tensor
 from ..binding import ATTRIBUTE, Binding
 from ..edits import Edit, tile_rows
 from ..errors import NotReachedError, SteeringError
-from ..reacting import Reacts, Sharing, Silent, limited
+from ..reacting import Reacts, Sharing, Silent, limited, reacting
 from ..scheduler import Rows, merge_edits, plans_of, wanted_sites
 from ..site import Phase, Site, Spans
 from ..spans import KeySpans, spans_of
@@ -153,13 +153,15 @@ class LanguageSession:
             device = execution_device(module)
             rows = [[plan for plan in row if on[id(plan)]] for row in active]
             reactors: list[tuple[Reacts, dict[str, Any]]] = []
-            for plan in plans_of(active):
-                if plan.reacts and site in plan.selection:
-                    if on[id(plan)]:
-                        reacts = Sharing(limited(plan, site, active, device), plan.shared)
-                        reactors.append((reacts, plan.states[site]))
-                    elif phase == "prefill" and (plan in self._image_free or "residual" in plan.processor.needs):
-                        reactors.append((Sharing(Silent(plan.processor), plan.shared), plan.states[site]))
+            for plans in reacting(active, site):
+                plan = plans[0]
+                for other in plans:  # asked together, they have one memory
+                    other.states[site] = plan.states[site]
+                reacts = limited(plans, site, active, device)
+                if on[id(plan)]:
+                    reactors.append((Sharing(reacts, plan.shared), plan.states[site]))
+                elif phase == "prefill" and (plan in self._image_free or "residual" in plan.processor.needs):
+                    reactors.append((Sharing(Silent(reacts), plan.shared), plan.states[site]))
             table[site] = (merge_edits(rows, site, device), tuple(reactors))
         return table
 
@@ -341,7 +343,7 @@ class LanguageSession:
         if some is None:
             self.reference_pass(given)
             return
-        states = [state for plan in self._plans for state in (*plan.states.values(), plan.shared)]
+        states = {id(s): s for plan in self._plans for s in (*plan.states.values(), plan.shared)}.values()
         before = [set(state) for state in states]
         self._tables["prefill"], whole = self._asked, self._tables["prefill"]
         self._set_phase("prefill")

@@ -256,7 +256,7 @@ class DiffusionSession:
         for site, binding in bindings.items():
             binding.lanes, binding.step = lanes, self._step(device)
             binding.reactors = tuple(
-                (limited(plan, site, plain, device), plan.states[site]) for plan in reacting(plain, site)
+                (limited(plans, site, plain, device), plans[0].states[site]) for plans in reacting(plain, site)
             )
         return bindings
 
@@ -363,8 +363,8 @@ class DiffusionSession:
         plain = self._active(lambda plan: not plan.guides)
         wanted = [(*row_of(plain, lane.row, samples), lane.plan) for lane in lanes]
 
-        def borrow(plan: Plan, site: Site) -> Borrower:
-            return Borrower(limited(plan, site, plain, rows.device), forward.loans[site], numbers, rows)
+        def borrow(plans: Sequence[Plan], site: Site) -> Borrower:
+            return Borrower(limited(plans, site, plain, rows.device), forward.loans[site], numbers, rows)
 
         bindings = self._bindings.again(forward.model, inputs, wanted, borrow)
         for binding in bindings.values():

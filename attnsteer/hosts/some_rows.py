@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..scheduler import Plan, Rows
+from ..scheduler import Plan, Rows, alike
 from .base import take_rows
 from .vlm_families import PACKED, PER_TOKEN
 
@@ -38,9 +38,9 @@ class SomeRows:
 
 
 def variants_with(rows: Rows, plans: Collection[Plan]) -> tuple[bool, ...]:
-    """Which variants have one of these plans, or share a plan with such a variant: what a shared plan keeps of a pass
-    must be about all rows that it acts on."""
-    wanted = tuple(any(plan in plans for plan in row) for row in rows)
+    """Which variants have one of these plans, or share a plan with such a variant, or one that is asked together with
+    it: what plans keep of a pass must be about all rows that they act on."""
+    wanted = tuple(any(p in plans or any(alike(p, other) for other in plans) for p in row) for row in rows)
     more = {plan for row, on in zip(rows, wanted, strict=True) if on for plan in row}
     return wanted if more <= set(plans) else variants_with(rows, more | set(plans))
 

@@ -22,6 +22,7 @@ BATCHES: dict[str, list[list[attnsteer.Processor]]] = {
     "each another": [[VHR()], [GIFT(token_selector="all", alpha=3.0)], []],
     "equal surveys": [[], [GIFT(token_selector="all", alpha=3.0)], [GIFT(token_selector="all", alpha=1.0)]],
     "a plan of two variants": [[], [SHARED], [SHARED, VHR()]],
+    "strengths that are asked together": [[PAI(alpha=0.2)], [PAI(alpha=0.9), VHR()], []],
     "a tower that is read": [[PAINT()], [], [VHR()]],
 }
 
@@ -63,6 +64,7 @@ def test_a_variant_beside_one_that_reads_the_tower_is_what_it_is_alone() -> None
         ("each another", [2, 4, 6]),
         ("equal surveys", [4, 6]),
         ("a plan of two variants", [8, 6]),
+        ("strengths that are asked together", [8, 6]),
         ("a tower that is read", [12, 6]),
     ],
 )
@@ -85,8 +87,9 @@ def test_a_pass_has_the_rows_that_ask(case: str, passes: list[int]) -> None:
 def test_variants_that_share_a_plan_with_one_that_asks_ask_too() -> None:
     model, _ = vlms.build("llava")
     one, two, three, four = (make_plan(p, attnsteer.sites(model)) for p in (VHR(), SHARED, PAI(), VAR(channels=(0,))))
-    assert variants_with(((), (one,), (three,)), [one]) == (False, True, False)
-    assert variants_with(((two,), (one, two), (three,)), [one]) == (True, True, False)
+    assert variants_with(((), (one,), (four,)), [one]) == (False, True, False)
+    assert variants_with(((two,), (one, two), (four,)), [one]) == (True, True, False)
+    assert variants_with(((three,), (one, two), (four,)), [one]) == (True, True, False)  # PAIs are asked together
     assert variants_with(((four,), (two, four), (one, two)), [one]) == (True, True, True)
 
 
