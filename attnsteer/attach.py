@@ -67,7 +67,8 @@ class Steering:
         return [plan.selection for plan in self.plans]
 
     def states(self, processor: Processor) -> Mapping[Site, dict[str, Any]]:
-        """What a processor that reads or reacts left behind at each of its sites in the last generation."""
+        """What a processor that reads or reacts left behind at each of its sites in the last generation; zeros for rows
+        of variants without it."""
         for plan in self.plans:
             if plan.processor is processor:
                 return plan.states

@@ -41,7 +41,7 @@ def plain_logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """``scale * q.k`` of the given rows and keys, ``(B, H, n, m)``, with k un-repeated. Callers keep n or m small."""
     dtype, (batch, heads, n, dim) = compute_dtype(q), q.shape
     grouped = q.to(dtype).reshape(batch, k.shape[1], heads // k.shape[1] * n, dim)  # a group shares one product
-    return (torch.matmul(grouped, k.to(dtype).mT) * scale).view(batch, heads, n, -1)
+    return (torch.matmul(grouped, k.to(dtype).mT) * scale).view(batch, heads, n, k.shape[2])
 
 
 def row_attention(
@@ -69,7 +69,7 @@ def weighted(weights: Tensor, v: Tensor) -> Tensor:
     """``sum_j w_ij v_j`` of a few rows: ``(B, H, n, Nk)`` and v un-repeated -> ``(B, H, n, Dv)``."""
     batch, heads, n, n_k = weights.shape
     grouped = weights.reshape(batch, v.shape[1], heads // v.shape[1] * n, n_k)  # a group shares one product
-    return torch.matmul(grouped, v.to(weights.dtype)).view(batch, heads, n, -1)
+    return torch.matmul(grouped, v.to(weights.dtype)).view(batch, heads, n, v.shape[3])
 
 
 def last_rows_mask(call: AttentionCall, n: int) -> Tensor | None:

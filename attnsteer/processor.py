@@ -35,7 +35,8 @@ class Processor:
     * ``kinds``: kinds of sites, in order of preference (see ``Where.select``);
     * ``lanes``: rows beyond the plain ones that the method needs: ``"perturbed"`` (a second prediction of the
       conditional rows with the edits on, for guidance; needs ``guidance``) or ``"image_free"`` (the same prompt without
-      its image, in lock-step, before generation);
+      its image, in lock-step, before generation; what ``react`` leaves in its states then are tensors whose first
+      axis are the rows of the prompt, in which variants that do not ask may be missing);
     * ``reads_only``: ``react`` only looks and never gives an edit, so that it goes with guidance;
     * ``reads_rows``: ``react`` reads other rows of the batch, so that no row may run without them;
     * ``call``: how to use a method that asks a model several times instead of acting inside it (``CARVE``), as a line
@@ -78,8 +79,10 @@ class Processor:
         """A reader (``reads_only``) that is shown the plain prompt before a generation, in one prefill without edits
         and without a cache; None where the method needs none. Language models only.
 
-        What its ``react`` leaves in ``call.shared`` is in ``call.shared`` of this method at all of its own sites. Its
-        ``where`` says what it reads. Surveys that are equal are read once, so it should not hold strengths.
+        What its ``react`` leaves in ``call.shared`` is in ``call.shared`` of this method at all of its own sites:
+        tensors whose first axis are the rows of the prompt. Variants that do not ask may be missing while it reads, and
+        hold zeros afterwards. Its ``where`` says what it reads. Surveys that are equal are read once, so it should not
+        hold strengths.
         """
         return None
 

@@ -211,9 +211,9 @@ def warn_of_blind_rows(blind: Tensor) -> None:
     """Say which rows ``(B,)`` have an image that no token of their question looks at."""
     if rows := blind.nonzero().flatten().tolist():
         warnings.warn(
-            f"The map of the image is empty in the rows {rows} of the batch, which stay as they are: their prompt has "
-            "no question, or the question stands before the image and cannot see it. Put the image first; marker= and "
-            "processor= help to find a question.",
+            f"The map of the image is empty in the rows {rows} of the batch (counting those that ask for it), which "
+            "stay as they are: their prompt has no question, or the question stands before the image and cannot see "
+            "it. Put the image first; marker= and processor= help to find a question.",
             stacklevel=2,
         )
 

@@ -337,14 +337,15 @@ class LanguageSession:
         """The reference pass of those variants alone that ask for it, where they can be told apart."""
         ids = given.get("input_ids")
         some = None
-        if isinstance(ids, Tensor) and not self.towers:  # a tower's attention is dealt to all rows
+        apart = not self.towers and not any(plan.processor.reads_rows for plan in self._plans)
+        if isinstance(ids, Tensor) and apart:  # a tower's attention is dealt to all rows
             inputs = {name: given[name] for name in given if name in self._names and name not in NOT_FOR_PREFILL}
             some = some_rows(inputs, self._asking, self._tokens.image_mask(ids).any(1))
         if some is None:
             self.reference_pass(given)
             return
         states = {id(s): s for plan in self._plans for s in (*plan.states.values(), plan.shared)}.values()
-        before = [set(state) for state in states]
+        before = [dict(state) for state in states]
         self._tables["prefill"], whole = self._asked, self._tables["prefill"]
         self._set_phase("prefill")
         try:
@@ -353,7 +354,7 @@ class LanguageSession:
             self._tables["prefill"] = whole
             self._set_phase("prefill")
         for state, known in zip(states, before, strict=True):
-            state.update({name: some.whole(value) for name, value in state.items() if name not in known})
+            state.update({n: some.whole(value) for n, value in state.items() if value is not known.get(n)})
 
     def reference_pass(self, given: Mapping[str, Any], answer: Tensor | None = None) -> None:
         """One prefill of ``2 B`` rows, with and without the image, and without a cache.

@@ -17,6 +17,7 @@ from ..errors import SteeringError
 from ..logits import additive, plain_logits, softmax
 from ..scheduler import Plan
 from ..site import AttentionCall, Site
+from .vision import BLOCKS
 from .vlm_families import PIXELS, VisionTokens
 
 KNOWN = ("massive_channels", "cls_attention")
@@ -161,7 +162,7 @@ class ClassAttention:
         def keep(rows: Tensor) -> None:
             if not self._counts:
                 return
-            self._found[layer] = _by_prompt(rows, self._counts)
+            self._found[layer] = _by_prompt(rows.repeat(BLOCKS.get(), 1), self._counts)
             if len(self._found) == len(self.modules):
                 self._tell(tuple(self._found[one] for one in self._order))
 
@@ -175,14 +176,9 @@ class ClassAttention:
 def _by_prompt(rows: Tensor, counts: Sequence[int]) -> Tensor:
     """``(pictures, patches)`` of the tower, dealt to prompts of ``counts`` image tokens each: ``(B, K, patches)``.
 
-    Equal blocks of prompts may share the pictures of the first (``vision.seen_once``).
-
     Raises:
         SteeringError: where an image token is not a patch.
     """
-    blocks = max(1, sum(counts) // max(1, rows.numel()))
-    if list(counts) == list(counts[: len(counts) // blocks]) * blocks:
-        rows = rows.repeat(blocks, 1)
     total, patches = rows.shape
     if any(count % patches for count in counts) or sum(counts) != total * patches:
         raise SteeringError(

@@ -127,6 +127,7 @@ class Prefill:
             raise SteeringError(reasons)
         rows = torch.arange(self._batch).repeat(len(given))
         inputs = {n: v for n, v in self._inputs.items() if n in ("input_ids", "attention_mask", *PER_TOKEN)}
+        options = {"cache_implementation": None, **options}  # the model's generation config may name another
         cache = copy.deepcopy(self._cache)
         beams = _sequences(core(self._model), options)
         if len(given) * beams > 1:

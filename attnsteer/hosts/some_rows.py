@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..scheduler import Plan, Rows, alike
-from .base import take_rows
 from .vlm_families import PACKED, PER_TOKEN
 
 TOKENS = ("input_ids", "attention_mask", *PER_TOKEN)
@@ -26,15 +25,26 @@ class SomeRows:
 
     Attributes:
         inputs: of these rows alone.
-        back: int ``(B,)``: which of them stands for each row of the whole prompt; the first for all rows left out.
+        rows: int ``(r,)``: where they stand in the whole prompt.
+        total: rows of the whole prompt.
     """
 
     inputs: dict[str, Any]
-    back: Tensor
+    rows: Tensor
+    total: int
 
     def whole(self, found: Any) -> Any:
-        """What was found of these rows, as rows of the whole prompt."""
-        return take_rows(found, self.back, int(self.back.max()) + 1)
+        """What was found of these rows, as rows of the whole prompt: every tensor of a nest whose first axis are these
+        rows, with zeros for the rows that were left out."""
+        if isinstance(found, Tensor):
+            if not found.dim() or len(found) != len(self.rows):
+                return found
+            return found.new_zeros(self.total, *found.shape[1:]).index_copy(0, self.rows.to(found.device), found)
+        if isinstance(found, (tuple, list)):
+            return type(found)(self.whole(each) for each in found)
+        if isinstance(found, Mapping):
+            return {name: self.whole(each) for name, each in found.items()}
+        return found
 
 
 def variants_with(rows: Rows, plans: Collection[Plan]) -> tuple[bool, ...]:
@@ -61,7 +71,7 @@ def some_rows(inputs: Mapping[str, Any], wanted: Sequence[bool], has_image: Tens
     on = torch.tensor(wanted, device=has_image.device).repeat_interleave(len(has_image) // len(wanted))
     rows = on.nonzero()[:, 0]
     taken = rows_of(inputs, rows, has_image)
-    return None if taken is None else SomeRows(taken, (on.cumsum(0) - 1).clamp(min=0) * on)
+    return None if taken is None else SomeRows(taken, rows, len(has_image))
 
 
 def rows_of(inputs: Mapping[str, Any], rows: Tensor, has_image: Tensor) -> dict[str, Any] | None:

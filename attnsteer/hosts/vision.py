@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from ..binding import ATTRIBUTE
 from .base import intercept
+
+BLOCKS: ContextVar[int] = ContextVar("blocks", default=1)
+"""How many equal blocks of the batch the pictures that the tower sees now stand for."""
 
 
 @contextmanager
@@ -44,7 +48,11 @@ def seen_once(model: Any, blocks: int) -> Iterator[None]:
         def first(value: Any) -> Any:
             return value[: value.shape[0] // count] if isinstance(value, Tensor) else value
 
-        out = call(*map(first, args), **{name: first(value) for name, value in kwargs.items()})
+        token = BLOCKS.set(count)
+        try:
+            out = call(*map(first, args), **{name: first(value) for name, value in kwargs.items()})
+        finally:
+            BLOCKS.reset(token)
         if not seen:
             seen.append(([first(value) for value in given], out))
         return _again(out, count)

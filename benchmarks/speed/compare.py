@@ -5,11 +5,11 @@
     python benchmarks/speed/compare.py --model llava-7b --device cuda --dtype bfloat16 --log
 
 What ``attnsteer compare`` does with five methods (the plain model is one), as a library: methods are rows of one batch,
-pictures are seen once, and where answers are short (``--task pope``) those that change the last row alone share a
-prefill. The peer asks the same samples five
-times, once for each method, with the same number of samples in a batch, as five starts of a command with one method
-would; loading the model five times is not counted. A second peer, without an aim, gets as many rows in a batch as the
-comparison has. Aims: at least 2.5 times as many samples a second on a GPU, 1.3 times on a CPU.
+pictures are seen once, and those that change the last row alone share a prefill (on a GPU where answers are short, as
+with ``--task pope``). The peer asks the same samples five times, once for each method, with the same number of samples
+in a batch, as five starts of a command with one method would; loading the model five times is not counted. A second
+peer, without an aim, gets as many rows in a batch as the comparison has. Aims: at least 2.5 times as many samples a
+second on a GPU, 1.3 times on a CPU.
 
 Everything is counted but loading: pictures are rendered, answers kept on the disk and counted.
 """

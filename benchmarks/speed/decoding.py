@@ -20,7 +20,6 @@ sinks and heads are redistributed; the notes of the log say how many. Its work d
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -105,7 +104,7 @@ class Watch:
             self._marks.append(torch.cuda.Event(enable_timing=True))
             self._marks[-1].record()
         else:
-            self._marks.append(time.perf_counter())
+            self._marks.append(measure.now())
 
     def seconds(self) -> list[float]:
         """Between one mark and the next."""

@@ -62,12 +62,13 @@ class Ratio:
 
 
 # ---- time ------------------------------------------------------------------------------------------------------------
-def clock(run: Callable[[], Any], device: str) -> tuple[float, Parts]:
-    """Seconds of one run, CUDA events on a GPU, the wall clock otherwise; and those of its parts, where it tells."""
-    if device != "cuda":
-        start = time.perf_counter()
+def clock(run: Callable[[], Any], device: str, wall: bool = False) -> tuple[float, Parts]:
+    """Seconds of one run, by CUDA events on a GPU, else by ``now``; and those of its parts, where it tells."""
+    if wall or device != "cuda":
+        tick = time.perf_counter if wall else now
+        start = tick()
         found = run()
-        return time.perf_counter() - start, found if isinstance(found, Parts) else Parts()
+        return tick() - start, found if isinstance(found, Parts) else Parts()
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     begin.record()
@@ -77,7 +78,13 @@ def clock(run: Callable[[], Any], device: str) -> tuple[float, Parts]:
     return begin.elapsed_time(end) / 1e3, found if isinstance(found, Parts) else Parts()
 
 
-def in_turns(cases: Cases, repeats: int, warm_up: int, device: str) -> dict[str, list[float]]:
+def now() -> float:
+    """Seconds of CPU time that this process has used, which others on the machine hardly disturb; with several threads
+    (set OMP_NUM_THREADS=1 to have one) the wall clock, since CPU time adds theirs up."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def in_turns(cases: Cases, repeats: int, warm_up: int, device: str, wall: bool = False) -> dict[str, list[float]]:
     """Time every case ``repeats`` times, all cases in turn, the order reversed in every other round."""
     for _ in range(warm_up):
         for run in cases.values():
@@ -85,7 +92,7 @@ def in_turns(cases: Cases, repeats: int, warm_up: int, device: str) -> dict[str,
     times: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(repeats):
         for name in list(cases)[:: -1 if turn % 2 else 1]:
-            whole, parts = clock(cases[name], device)
+            whole, parts = clock(cases[name], device, wall)
             times[name].append(whole)
             for part, seconds in parts.items():
                 times.setdefault(f"{name}: {part}", []).append(seconds)
@@ -114,12 +121,13 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
 
 
 # ---- reports ---------------------------------------------------------------------------------------------------------
-def environment(device: str) -> dict[str, Any]:
-    """Command, versions and hardware, for the log."""
+def environment(device: str, wall: bool = False) -> dict[str, Any]:
+    """Command, versions, hardware and clock, for the log."""
     import diffusers
     import transformers
 
     processor = platform.processor() or platform.machine()
+    own = "CPU time" if torch.get_num_threads() == 1 else "wall clock"
     return {
         "command": " ".join(["python", *sys.argv]).replace(f"{ROOT}/", ""),
         "python": platform.python_version(),
@@ -128,6 +136,7 @@ def environment(device: str) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "hardware": torch.cuda.get_device_name() if device == "cuda" else f"{processor} CPU",
         "threads": torch.get_num_threads(),
+        "clock": "wall clock" if wall else "CUDA events" if device == "cuda" else own,
     }
 
 
@@ -146,6 +155,7 @@ def report(
     ratios: Sequence[Ratio],
     settings: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
+    wall: bool = False,
 ) -> dict[str, Any]:
     """Measure, print a table, and write ``--log``; ``results.py`` puts the logs into RESULTS.md.
 
@@ -156,15 +166,16 @@ def report(
         ratios: quotients that matter; memory is measured for the cases that one of them names.
         settings: what was run: model, size, steps, rows.
         notes: sentences for RESULTS.md.
+        wall: time by the wall clock, as the work of other processes must be.
     """
     with torch.no_grad():
-        times = in_turns(cases, options.repeats, options.warm_up, options.device)
+        times = in_turns(cases, options.repeats, options.warm_up, options.device, wall)
         weighed = dict.fromkeys(n for r in ratios if r.what == "memory" for n in (r.case, r.to))
         peaks = {name: peak_bytes(cases[name], options.device) for name in weighed}
     measured = {"time": times, "memory": {name: [float(value)] for name, value in peaks.items()}}
     found = {
         "job": job,
-        **environment(options.device),
+        **environment(options.device, wall),
         "settings": {"device": options.device, "dtype": options.dtype, **(settings or {})},
         "notes": list(notes),
         "cases": {

@@ -172,7 +172,7 @@ def measured(job: str, options: argparse.Namespace) -> dict[str, Any]:
             settings = {"job": job, "threads of each process": 1, "samples in a batch": options.batch_size}
             settings |= {"samples": options.samples} if job == "compare" else {"steps": options.steps}
             settings["cores"] = len(os.sched_getaffinity(0))
-            return measure.report(f"processes-{job}", options, groups, ratios, settings)
+            return measure.report(f"processes-{job}", options, groups, ratios, settings, wall=True)
         finally:
             for group in groups.values():
                 group.stop()

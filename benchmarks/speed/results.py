@@ -176,7 +176,8 @@ def section(log: Log) -> list[str]:
     settings = ", ".join(f"{name}: {told(value)}" for name, value in log["settings"].items())
     repeats = max((len(case["raw_s"]) for case in log["cases"].values()), default=0)
     lines = [f"### {title(log)}", "", "```bash", log["command"], "```", ""]
-    lines += [f"{log['hardware']}{threads}; Python {log['python']}, {versions}. {repeats} repetitions. {settings}.", ""]
+    hardware = f"{log['hardware']}{threads}, {log.get('clock', 'wall clock')}"
+    lines += [f"{hardware}; Python {log['python']}, {versions}. {repeats} repetitions. {settings}.", ""]
     lines += [*table(["ratio", "median", "lowest", "highest", "aim", "reached"]), *map(ratio_line, log["ratios"]), ""]
     lines += [*table(["case", "median", "peak memory"]), *(case_line(*case) for case in log["cases"].items()), ""]
     lines += growth(log)
@@ -225,8 +226,9 @@ def render(logs: Sequence[Log], remarks: Path = REMARKS) -> str:
         "",
         "Every number is of a log in [`logs/speed`](logs/speed), which holds command, versions, hardware and all raw",
         "times; [`speed/results.py`](speed/results.py) makes this page of them. All cases of a run take turns, so that",
-        "a slow moment hits all; a ratio is the median of the pairwise quotients. Peak memory is that of tensors that",
-        "a run makes, weights not counted.",
+        "a slow moment hits all; a ratio is the median of the pairwise quotients. Where times are the CPU time of one",
+        "thread, other work on the machine disturbs them least. Peak memory is that of tensors that a run makes,",
+        "weights not counted.",
         "",
         measured_on(logs),
         "",

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from attnsteer.compare import Answer, Answerer, Method, answering, with_controls
+from attnsteer.errors import SteeringError
 from attnsteer.processors import GIFT, PAI, PAINT, VAF, VCD, VHR
 
 from .common import TOKENS, answerer, tasks
@@ -47,6 +50,35 @@ def test_answers_are_those_of_an_unshared_batch(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Answerer, "_from_one_prefill", lambda *given: {})
     assert shared == ask()
     assert len({tuple(answers) for answers in shared}) > 2  # the methods do say different things
+
+
+def test_a_cache_that_the_models_generation_config_names_is_left_out_where_a_prefill_is_shared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = ask()
+    monkeypatch.setattr(answerer().model.generation_config, "cache_implementation", "static")
+    assert ask() == plain
+
+
+def test_long_answers_share_no_prefill_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answering, "SHORT", TOKENS - 1)
+    shared = []
+    plain = answering.prefill
+    monkeypatch.setattr(answering, "prefill", lambda *given, **inputs: shared.append(1) or plain(*given, **inputs))
+    ask()
+    assert shared == [1]  # on a CPU they do
+    monkeypatch.setattr(type(answerer().model), "device", SimpleNamespace(type="cuda"))
+    assert answerer()._from_one_prefill(METHODS, {}, TOKENS) == {}
+
+
+def test_a_prompt_that_has_no_prefill_to_share_is_run_as_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = ask()
+
+    def refuse(*given: Any, **inputs: Any) -> None:
+        raise SteeringError("Rows of this prompt see its last token.")
+
+    monkeypatch.setattr(answering, "prefill", refuse)
+    assert ask() == plain
 
 
 def test_a_prompt_is_run_once_for_all_that_share_it() -> None:

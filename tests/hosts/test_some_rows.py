@@ -84,6 +84,23 @@ def test_a_pass_has_the_rows_that_ask(case: str, passes: list[int]) -> None:
     assert rows == passes + [6] * (GREEDY["max_new_tokens"] - 1)
 
 
+def test_what_is_left_of_rows_that_did_not_ask_is_zero() -> None:
+    model, make = vlms.build("llava")
+    given, reader, method = repeated(make(2), 2), GIFT(token_selector="all"), VHR()
+    with attnsteer.attach(model, variants=[[reader], [method]]) as steering:
+        model.generate(**given, **GREEDY)
+        saliency = next(plan.shared["saliency"] for plan in steering.plans if plan.processor is reader)
+        divergences = [state["vhd"] for state in steering.states(method).values()]
+    with attnsteer.attach(model, method) as steering:
+        model.generate(**make(2), **GREEDY)
+        alone = [state["vhd"] for state in steering.states(method).values()]
+    assert saliency[:2].any(1).all()
+    assert not saliency[2:].any()
+    for found, wanted in zip(divergences, alone, strict=True):
+        assert not found[:2].any()
+        torch.testing.assert_close(found[2:], wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_variants_that_share_a_plan_with_one_that_asks_ask_too() -> None:
     model, _ = vlms.build("llava")
     one, two, three, four = (make_plan(p, attnsteer.sites(model)) for p in (VHR(), SHARED, PAI(), VAR(channels=(0,))))
@@ -102,7 +119,7 @@ def test_rows_come_back_to_their_places() -> None:
     assert torch.equal(some.inputs["pixel_values"], torch.arange(2.0, 6.0)[:, None])
     found = some.whole({"a": torch.arange(4), "b": [torch.eye(4)], "c": 7})
     assert found["a"].tolist() == [0, 0, 0, 1, 2, 3]
-    assert torch.equal(found["b"][0][2:], torch.eye(4))
+    assert torch.equal(found["b"][0], torch.cat([torch.zeros(2, 4), torch.eye(4)]))
     assert found["c"] == 7
     assert some_rows(inputs, [True, True, True], torch.ones(6, dtype=torch.bool)) is None
     assert some_rows({**inputs, "pixel_values": torch.zeros(5, 1)}, [True, False], torch.ones(6).bool()) is None
