@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from attnsteer.search import Head, HeadHunter, Selection, generations, painter
 from attnsteer.search.headhunter import Progress
 from attnsteer.search.painter import Job
 from attnsteer.search.selection import where_of
+from tests.engine.common import Nudge
 from tests.tiny import pipelines
 
 from .common import CALLS, PAIRS, hunter, pipe, redness
@@ -135,6 +137,47 @@ def test_the_first_forward_computes_one_row_for_each_pair(name: str, monkeypatch
         assert (
             np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max() <= 1
         )  # of 255: another batch size
+
+
+def rows_of_first_stage(search: HeadHunter, jobs: Sequence[Job], name: str = "sd3") -> list[int]:
+    """Rows of the first tensor in every call of the first stage with text."""
+    (model,) = models_of(pipe(name))
+    rows: list[int] = []
+
+    def note(call: Any, args: Any, kwargs: Any) -> Any:
+        rows.append(next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)).shape[0])
+        return call(*args, **kwargs)
+
+    restore = intercept(denoisers.stages(model, denoisers.family_of(model))[0][1], note)
+    search.painter(jobs)
+    restore()
+    return rows
+
+
+@pytest.mark.parametrize("case", ["guidance", "as many tokens as rows", "a method that edits the plain rows"])
+def test_nothing_is_shared_where_rows_cannot_be_told_or_differ(case: str) -> None:
+    tokens = 3 * 5  # of a picture of 48 x 80
+    options = {"call": CALLS["sd3"] | {"guidance_scale": 3.0}} if case == "guidance" else {}
+    search = hunter(**options)
+    jobs = [Job((head,), "a dog", 0) for head in (search.pool * 2)[: tokens if "tokens" in case else 3]]
+    if "method" in case:
+        search.painter.processor = replace(Nudge(), where=search.painter.processor.where)
+    assert rows_of_first_stage(search, jobs)[0] == len(jobs) * (2 if case == "guidance" else 1)
+
+
+def test_an_error_while_the_first_forward_is_shared_leaves_nothing() -> None:
+    search, (model,) = hunter(), models_of(pipe())
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+
+    def fail(call: Any, args: Any, kwargs: Any) -> Any:
+        raise ValueError("no")
+
+    restore = intercept(denoisers.stages(model, denoisers.family_of(model))[-1][1], fail)
+    with pytest.raises(ValueError, match="no"):
+        search.painter([Job((head,), "a dog", 0) for head in search.pool[:3]])
+    restore()
+    for name, module in model.named_modules():
+        assert vars(module).keys() == before[name].keys(), name
 
 
 def test_every_prompt_is_encoded_once_and_the_pipeline_is_left_as_it_was() -> None:
