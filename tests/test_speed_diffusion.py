@@ -47,8 +47,9 @@ def ratio(log, case, to, what="time"):
 # ---- scripts ---------------------------------------------------------------------------------------------------------
 def test_idle(speed, tmp_path):
     log = run(speed, tmp_path, "idle", "--model", "world-sd3", "--steps", "1")
-    assert list(log["cases"]) == ["plain", "strength 0", "steps that never come"]
-    assert all(r["most"] == 1.02 for r in log["ratios"])
+    idle = ("strength 0", "steps that never come")
+    assert set(log["cases"]) == {"plain", *idle, *(f"{case}: attached" for case in idle)}
+    assert [r["most"] for r in log["ratios"]] == [1.02, 1.02, None, None]
 
 
 def test_guidance(speed, tmp_path):
