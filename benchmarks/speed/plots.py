@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 400, 70, 190, 40, 50
 INK, FAINT, PAPER, GRID = (20, 20, 24), (110, 110, 120), (255, 255, 255), (232, 232, 236)
 LINES = ((110, 110, 120), (31, 90, 160), (214, 96, 20), (40, 140, 70), (150, 60, 150), (190, 40, 60), (0, 130, 150))
+LINES += ((130, 100, 20), (200, 90, 150))
 
 
 def curves(found: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
