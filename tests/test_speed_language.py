@@ -38,7 +38,9 @@ def checked(folder: Path, job: str) -> dict:
     return found
 
 
-@pytest.mark.parametrize(("name", "pictures"), [("llava-7b", 1), ("qwen2.5-vl-7b", 1)])
+@pytest.mark.parametrize(
+    ("name", "pictures"), [("llava-7b", 1), pytest.param("qwen2.5-vl-7b", 1, marks=pytest.mark.slow)]
+)
 def test_prompts_are_as_long_as_asked_and_mostly_image(speed, name, pictures):
     import tellers
 
@@ -101,7 +103,7 @@ def test_idle_compares_neutral_attachments_with_plain(speed):
     assert {ratio["to"] for ratio in found["ratios"]} == {"plain: prefill", "plain: decode"}
 
 
-@pytest.mark.parametrize("task", ["chair", "pope"])
+@pytest.mark.parametrize("task", [pytest.param("chair", marks=pytest.mark.slow), "pope"])
 def test_compare_takes_five_methods_at_once_and_apart(speed, task, capsys):
     import compare
 
@@ -132,6 +134,7 @@ def test_a_layout_with_random_weights_can_be_compared_in_words(speed):
     checked(speed, "compare-llava-7b-chair")
 
 
+@pytest.mark.slow
 def test_a_static_cache_is_a_log_of_its_own(speed):
     import decoding
 
@@ -157,7 +160,7 @@ def test_a_process_that_dies_is_an_error_and_not_a_wait(speed, monkeypatch):
         processes.main([*ONCE, "--job", "compare", "--processes", "1"])
 
 
-@pytest.mark.parametrize("over", ["tokens", "variants", "sites"])
+@pytest.mark.parametrize("over", ["tokens", "variants", pytest.param("sites", marks=pytest.mark.slow)])
 def test_growth_is_measured_and_drawn(speed, over, monkeypatch):
     import scale
 
