@@ -63,10 +63,11 @@ def test_every_log_of_the_repository_belongs_to_a_row(results):
 def test_pictures_of_the_document_are_there_and_small(results):
     import measure
 
-    for log in results.read(measure.LOGS):
-        if "curves" in log["settings"]:
-            picture = results.RESULTS.parent / "plots" / f"{log['job']}-{results.device(log)}.png"
-            assert 0 < picture.stat().st_size < 40_000
+    drawn = [log for log in results.read(measure.LOGS) if "curves" in log["settings"]]
+    assert {log["settings"]["over"] for log in drawn} == {"tokens", "variants", "sites"}
+    for log in drawn:
+        picture = results.RESULTS.parent / "plots" / f"{log['job']}-{results.device(log)}.png"
+        assert 0 < picture.stat().st_size < 40_000
 
 
 def test_what_was_not_measured_is_said(results, log, tmp_path):
