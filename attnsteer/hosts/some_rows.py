@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ..scheduler import Plan, Rows, alike
 from .vlm_families import PACKED, PER_TOKEN
@@ -36,15 +37,13 @@ class SomeRows:
     def whole(self, found: Any) -> Any:
         """What was found of these rows, as rows of the whole prompt: every tensor of a nest whose first axis are these
         rows, with zeros for the rows that were left out."""
-        if isinstance(found, Tensor):
-            if not found.dim() or len(found) != len(self.rows):
-                return found
-            return found.new_zeros(self.total, *found.shape[1:]).index_copy(0, self.rows.to(found.device), found)
-        if isinstance(found, (tuple, list)):
-            return type(found)(self.whole(each) for each in found)
-        if isinstance(found, Mapping):
-            return {name: self.whole(each) for name, each in found.items()}
-        return found
+
+        def spread(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not value.dim() or len(value) != len(self.rows):
+                return value
+            return value.new_zeros(self.total, *value.shape[1:]).index_copy(0, self.rows.to(value.device), value)
+
+        return tree_map(spread, found)
 
 
 def variants_with(rows: Rows, plans: Collection[Plan]) -> tuple[bool, ...]:
