@@ -116,31 +116,8 @@ def test_batches_fork_at_the_first_perturbed_layer_and_no_batch_is_smaller_than_
     assert sum(len(set(batch)) > 1 for batch in layers) <= 3, "at most one batch for each border between layers"
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])
-def test_the_first_forward_computes_one_row_for_each_pair(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    search, (model,) = hunter(name), models_of(pipe(name))
-    last = denoisers.stages(model, denoisers.family_of(model))[-1][1]
-    jobs = [Job((head,), prompt, seed) for prompt, seed in PAIRS for head in search.pool[:3]]
-    rows: list[int] = []
-
-    def note(call: Any, args: Any, kwargs: Any) -> Any:
-        rows.append(next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)).shape[0])
-        return call(*args, **kwargs)
-
-    restore = intercept(last, note)
-    once = search.painter(jobs)
-    restore()
-    assert rows[0] == len(PAIRS)
-    assert rows.count(len(jobs)) == 2 * search.painter.steps - 1, "the other forwards, perturbed or not, have all rows"
-    monkeypatch.setattr(painter, "first_forward_once", lambda pipe, kinds: nullcontext())
-    for one, other in zip(once, search.painter(jobs), strict=True):
-        assert (
-            np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max() <= 1
-        )  # of 255: another batch size
-
-
-def rows_of_first_stage(search: HeadHunter, jobs: Sequence[Job], name: str = "sd3") -> list[int]:
-    """Rows of the first tensor in every call of the first stage with text."""
+def painted(search: HeadHunter, jobs: Sequence[Job], name: str = "sd3", stage: int = 0) -> tuple[list[Any], list[int]]:
+    """The pictures, and the rows of the first tensor in every call of a stage."""
     (model,) = models_of(pipe(name))
     rows: list[int] = []
 
@@ -148,10 +125,23 @@ def rows_of_first_stage(search: HeadHunter, jobs: Sequence[Job], name: str = "sd
         rows.append(next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)).shape[0])
         return call(*args, **kwargs)
 
-    restore = intercept(denoisers.stages(model, denoisers.family_of(model))[0][1], note)
-    search.painter(jobs)
+    restore = intercept(denoisers.stages(model, denoisers.family_of(model))[stage][1], note)
+    pictures = search.painter(jobs)
     restore()
-    return rows
+    return pictures, rows
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])
+def test_the_first_forward_computes_one_row_for_each_pair(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = hunter(name)
+    jobs = [Job((head,), prompt, seed) for prompt, seed in PAIRS for head in search.pool[:3]]
+    once, rows = painted(search, jobs, name, -1)
+    assert rows[0] == len(PAIRS)
+    assert rows.count(len(jobs)) == 2 * search.painter.steps - 1, "the other forwards, perturbed or not, have all rows"
+    monkeypatch.setattr(painter, "first_forward_once", lambda pipe, kinds: nullcontext())
+    for one, other in zip(once, search.painter(jobs), strict=True):
+        apart = np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int))
+        assert apart.max() <= 1, "of 255, by the rounding of another batch size"
 
 
 @pytest.mark.parametrize("case", ["guidance", "as many tokens as rows", "a method that edits the plain rows"])
@@ -162,7 +152,7 @@ def test_nothing_is_shared_where_rows_cannot_be_told_or_differ(case: str) -> Non
     jobs = [Job((head,), "a dog", 0) for head in (search.pool * 2)[: tokens if "tokens" in case else 3]]
     if "method" in case:
         search.painter.processor = replace(Nudge(), where=search.painter.processor.where)
-    assert rows_of_first_stage(search, jobs)[0] == len(jobs) * (2 if case == "guidance" else 1)
+    assert painted(search, jobs)[1][0] == len(jobs) * (2 if case == "guidance" else 1)
 
 
 def test_an_error_while_the_first_forward_is_shared_leaves_nothing() -> None:
