@@ -91,12 +91,12 @@ def test_maps(speed, tmp_path):
 # ---- peers -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("name", "how", "scale"), [("world-sd", "full", 3.0), ("sd3", "image_logit", 1.0)])
 def test_diffusers_pag_pipeline_paints_the_same(speed, name, how, scale):
-    models, guidance, idle = speed("models"), speed("guidance"), speed("idle")
+    models, guidance = speed("models"), speed("guidance")
     pipe = models.build(name, scale=1 / 24)
     where, layer = guidance.middle(pipe)
     plain = models.painter(pipe, 64, 2, scale)
     peer = models.painter(guidance.pag_pipeline(pipe, layer), 64, 2, scale, pag_scale=3.0)
-    ours = idle.steered(plain, pipe, PAG(where, variant=how))
+    ours = models.steered(plain, pipe, PAG(where, variant=how))
     torch.testing.assert_close(ours(), peer(), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(guidance.without_fork(ours)(), peer(), rtol=1e-3, atol=1e-4)
     assert float((plain() - peer()).abs().max()) > 3e-3

@@ -20,7 +20,6 @@ from unittest import mock
 import measure
 import models
 import torch
-from idle import steered
 from measure import Ratio
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -121,11 +120,11 @@ def measured(name: str, given: argparse.Namespace) -> dict[str, Any]:
     plain = models.painter(pipe, size, given.steps, guidance)
     fraction = shared(pipe, models.painter(pipe, size, 1, guidance), where)
     peer = models.painter(pag_pipeline(pipe, layer), size, given.steps, guidance, pag_scale=3.0)
-    pag = steered(plain, pipe, PAG(where, variant="image_logit" if "sd3" in name else "full"))
+    pag = models.steered(plain, pipe, PAG(where, variant="image_logit" if "sd3" in name else "full"))
     cases = {
         "plain": plain,
         "PAG": pag,
-        "SoftPAG": steered(plain, pipe, SoftPAG(where, strength=0.5)),
+        "SoftPAG": models.steered(plain, pipe, SoftPAG(where, strength=0.5)),
         "PAG, unforked": without_fork(pag),
         "PAG of diffusers": peer,
         "plain, a row more": models.painter(pipe, size, given.steps, rows=rows + 1),

@@ -12,28 +12,16 @@ theirs takes a few milliseconds, so every microsecond of Python shows.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
 import measure
 import models
 from measure import Parts, Ratio
 
-import attnsteer
 from attnsteer import Where
 from attnsteer.processors import SoftPAG
 
 NEVER = Where(steps={"sigma": (1e6, 1e7)})
-
-
-def steered(paint: Callable[[], Any], pipe: Any, *processors: attnsteer.Processor) -> Callable[[], Any]:
-    """A run with these processors, attaching and detaching included."""
-
-    def run() -> Any:
-        with attnsteer.steer(pipe, *processors):
-            return paint()
-
-    return run
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
@@ -53,8 +41,8 @@ def measured(name: str, given: argparse.Namespace) -> dict[str, Any]:
 
     cases = {
         "plain": plain,
-        "strength 0": steered(between, pipe, SoftPAG(strength=0.0)),
-        "steps that never come": steered(between, pipe, SoftPAG(NEVER)),
+        "strength 0": models.steered(between, pipe, SoftPAG(strength=0.0)),
+        "steps that never come": models.steered(between, pipe, SoftPAG(NEVER)),
     }
     most = 1.01 if given.device == "cuda" else 1.02
     idle = list(cases)[1:]

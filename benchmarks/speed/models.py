@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+import attnsteer
 from attnsteer.world import assets
 
 EMBEDDED = ("world-sd", "world-sd3", "world-flux")
@@ -360,6 +361,16 @@ def painter(
         return pipe(generator=[torch.Generator().manual_seed(row) for row in range(rows)], **call).images
 
     return paint
+
+
+def steered(paint: Callable[[], Any], pipe: Any, *processors: attnsteer.Processor) -> Callable[[], Any]:
+    """A run with these processors, attaching and detaching included."""
+
+    def run() -> Any:
+        with attnsteer.steer(pipe, *processors):
+            return paint()
+
+    return run
 
 
 def arguments(pipe: Any, size: int, steps: int, guidance: float = 1.0) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from typing import Any
 
 import measure
 import models
-from idle import steered
 from measure import Ratio
 
 from attnsteer.processors import AStar, AttendAndExcite
@@ -63,9 +62,9 @@ def cases_of(pipe: Any, size: int, steps: int) -> measure.Cases:
     nursed = AttendAndExcite(tokens=TOKENS, max_iter_to_alter=ALWAYS, thresholds={})
     return {
         "plain": plain,
-        "Attend-and-Excite": steered(plain, pipe, nursed),
+        "Attend-and-Excite": models.steered(plain, pipe, nursed),
         "Attend-and-Excite of diffusers": peer,
-        "A-STAR": steered(plain, pipe, AStar(tokens=TOKENS)),
+        "A-STAR": models.steered(plain, pipe, AStar(tokens=TOKENS)),
     }
 
 
